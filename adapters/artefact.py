@@ -1,0 +1,390 @@
+"""The adapter folder that people share: written whole or not at all, read strictly.
+
+    adapter/
+      adapter_model.safetensors   the trained tensors, heads included
+      adapter_config.json         what stock PEFT reads, wherever PEFT knows the method
+      manifest.json               base fingerprint, stack, versions, training facts
+      README.md                   model card
+
+Several adapters with tensors of their own get one subfolder each, under one manifest. Tensors are safetensors and
+everything else is JSON: nothing is ever unpickled, and nothing in a folder can name code to import.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from . import registry
+from .contract import Attachment
+from .errors import ArtefactError, PluginError, nearest
+from .files import atomic_folder, write_json, write_text
+from .fingerprint import Fingerprint, differences, fingerprint
+from .registry import ADAPTERS
+from .stack import Stack, attach, packed_as
+from .validation import faults
+
+__all__ = ["Manifest", "load", "read", "save"]
+
+TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+LIBRARIES = ("onegpu", "torch", "transformers", "bitsandbytes", "safetensors")
+TASK_TYPES = {
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRecord(_Record):
+    """Which base an adapter belongs to."""
+
+    source: str | None
+    revision: str | None
+    model_class: str
+    dtype: str
+    packed_as: str | None
+    fingerprint: Fingerprint
+
+
+class AdapterRecord(_Record):
+    """One adapter of the stack, with the plugin that provides it."""
+
+    name: str
+    adapter: str
+    distribution: str
+    version: str
+    api: int
+    config: dict[str, Any]
+    folder: str | None  # where its tensors are, relative to the manifest; None for an adapter without any
+    resolved: dict[str, Any]
+
+
+class Manifest(_Record):
+    """`manifest.json`."""
+
+    format: Literal[1] = 1
+    base: BaseRecord
+    adapters: list[AdapterRecord]
+    heads: list[str]
+    versions: dict[str, str]
+    run: dict[str, Any] = {}  # facts of the run that trained it: seed, data, metrics, probe
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter folder as read: nothing in it was executed."""
+
+    folder: Path
+    manifest: Manifest
+    tensors: dict[str, dict[str, Tensor]]  # by folder of the adapter
+    configs: dict[str, dict[str, Any]]
+
+
+def save(
+    stack: Stack,
+    folder: str | Path,
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    base: Fingerprint | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter folder of a stack: all of it appears at once, or nothing does. Never touches the network.
+
+    Args:
+        source, revision: how the base was named; its own name when left out.
+        base: the base's fingerprint from before training, for a stack that trains the base itself.
+        run: facts of the run for the manifest; anything JSON.
+
+    Raises:
+        ArtefactError: something trainable would not be saved, or an adapter's class is not registered.
+    """
+    _refuse_unsaved(stack)
+    files = _tensor_files(stack)
+    source = source or getattr(getattr(stack.model, "config", None), "_name_or_path", None) or None
+    manifest = _manifest(stack, files, source, revision, base, run or {})
+    with atomic_folder(Path(folder)) as partial:
+        for name, (tensors, attachment) in files.items():
+            place = partial / name
+            place.mkdir(exist_ok=True)
+            # One metadata key only: several come out in random order, and bytes would differ between equal runs.
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, place / TENSORS, metadata={"format": "pt"})
+            write_json(place / CONFIG, _config(stack, attachment, source))
+        write_json(partial / MANIFEST, manifest.model_dump())
+        write_text(partial / "README.md", _card(manifest, files))
+
+
+def read(folder: str | Path) -> Saved:
+    """Read an adapter folder and check that it is complete and well-formed.
+
+    Raises:
+        ArtefactError: with every fault found.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        others = [name for name in ("adapter_model.bin", CONFIG) if (folder / name).exists()]
+        hint = f"; it holds {' and '.join(others)}, which another program wrote (pickles are never read)" if others else ""
+        raise ArtefactError(f"{folder} is not an adapter folder: it has no {MANIFEST}{hint}")
+    try:
+        manifest = Manifest.model_validate(json.loads((folder / MANIFEST).read_text("utf-8")))
+    except ValidationError as error:
+        texts = [f"{'.'.join(map(str, f.path))}: {f.message}" for f in faults(error, Manifest)]
+        raise ArtefactError(f"{folder / MANIFEST}: {'; '.join(texts)}") from None
+    except ValueError as error:
+        raise ArtefactError(f"{folder / MANIFEST} is not JSON: {error}") from None
+    names = [r.folder for r in manifest.adapters if r.folder is not None] or ["."]
+    outside = [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ArtefactError(f"{folder / MANIFEST}: the folder {outside[0]!r} lies outside the artefact")
+    tensors = {name: _read_tensors(folder / name / TENSORS) for name in names}
+    configs = {name: _read_json(folder / name / CONFIG) for name in names}
+    return Saved(folder, manifest, tensors, configs)
+
+
+def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = False) -> Stack:
+    """Attach a saved stack to its base and give it the saved values. What it holds is trainable.
+
+    Args:
+        model: the base, from `load_base` or from transformers.
+        allow_base_mismatch: go on although the model is not the base that the adapter was trained on.
+
+    Raises:
+        ArtefactError: the folder is damaged, does not fit the model, or belongs to another base.
+        PluginError: an adapter of the stack is not installed.
+    """
+    saved = read(folder)
+    if not allow_base_mismatch:
+        _check_base(saved, model)
+    stack = attach(model, [{_pick(r): r.config | {"name": r.name}} for r in _attachable(saved, model)])
+    try:
+        _fill(stack, saved)
+    except BaseException:
+        stack.detach()
+        raise
+    return stack
+
+
+def fill(stack: Stack, folder: str | Path) -> None:
+    """Give an attached stack the values of a folder that holds exactly its tensors.
+
+    Raises:
+        ArtefactError: keys, shapes, dtypes or configurations differ; the stack keeps its values.
+    """
+    _fill(stack, read(folder))
+
+
+def _tensor_files(stack: Stack) -> dict[str, tuple[dict[str, Tensor], Attachment | None]]:
+    """Folder -> (tensors, whose). Heads travel with the first."""
+    carriers = [(a, a.tensors()) for a in stack.attachments]
+    carriers = [(a, tensors) for a, tensors in carriers if tensors]
+    files: dict[str, tuple[dict[str, Tensor], Attachment | None]] = {}
+    for attachment, tensors in carriers:
+        files["." if len(carriers) == 1 else attachment.name] = (dict(tensors), attachment)
+    if stack.heads:
+        tensors, first = next(iter(files.values()), ({}, None))
+        prefix = first.head_prefix if first else Attachment.head_prefix
+        tensors |= {f"{prefix}{name}": p.detach() for name, p in stack.heads.items()}
+        files = files or {".": (tensors, None)}
+    return files
+
+
+def _refuse_unsaved(stack: Stack) -> None:
+    owned = {id(p) for p in stack.trainable().values()}
+    strays = [n for n, p in stack.model.named_parameters() if p.requires_grad and id(p) not in owned]
+    if strays:
+        raise ArtefactError(f"{strays[0]} is trainable but belongs to no adapter, so it would be lost: freeze it")
+    if not owned:
+        raise ArtefactError("nothing is trainable, so there is nothing to save")
+
+
+def _manifest(
+    stack: Stack,
+    files: Mapping[str, tuple[dict[str, Tensor], Attachment | None]],
+    source: str | None,
+    revision: str | None,
+    base: Fingerprint | None,
+    run: Mapping[str, Any],
+) -> Manifest:
+    attachments = {a.name: a for a in stack.attachments}
+    folders = {a.name: folder for folder, (_, a) in files.items() if a is not None}
+    records = []
+    for n in stack.named:
+        if n.entry is None:
+            raise ArtefactError(f"{n.name}: {type(n.adapter).__name__} is registered by no distribution, so nobody could load it")
+        attachment = attachments.get(n.name)
+        records.append(
+            AdapterRecord(
+                name=n.name,
+                adapter=n.entry.name,
+                distribution=n.entry.distribution,
+                version=n.entry.version,
+                api=n.adapter.api,
+                config=n.adapter.model_dump(exclude={"name"}),
+                folder=folders.get(n.name),
+                resolved=attachment.resolved() if attachment else {},
+            )
+        )
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in stack.model.parameters() if not p.requires_grad}
+    return Manifest(
+        base=BaseRecord(
+            source=source,
+            revision=revision,
+            model_class=type(stack.model).__name__,
+            dtype="/".join(sorted(dtypes)) or "float32",
+            packed_as=packed_as(stack.model),
+            fingerprint=base or fingerprint(stack.model),
+        ),
+        adapters=records,
+        heads=sorted(stack.heads),
+        versions={name: version(name) for name in LIBRARIES},
+        run=dict(run),
+    )
+
+
+def _config(stack: Stack, attachment: Attachment | None, source: str | None) -> dict[str, Any]:
+    """`adapter_config.json`: PEFT's keys where PEFT knows the method, otherwise just our name for it."""
+    peft = attachment.peft_config() if attachment else None
+    if peft is None:
+        return {"peft_type": None, "onegpu_adapter": attachment.name if attachment else None}
+    config = {"base_model_name_or_path": source, "inference_mode": True, **peft}
+    class_name = type(stack.model).__name__
+    task_type = next((task for task, names in TASK_TYPES.items() if class_name in names.values()), None)
+    if task_type:
+        config["task_type"] = task_type
+    if stack.heads:
+        config["modules_to_save"] = sorted({name.split(".")[0] for name in stack.heads})
+    return config
+
+
+def _check_base(saved: Saved, model: nn.Module) -> None:
+    base = saved.manifest.base
+    faults, skipped = differences(base.fingerprint, model)
+    if not faults and skipped and len(skipped) == len({n.partition("#")[0] for n in base.fingerprint.tensors}):
+        faults = ["no tensor of it could be compared"]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise ArtefactError(
+            f"{saved.folder} was trained on {base.source or base.model_class}, and this model is another: "
+            f"{'; '.join(faults[:3])}{more}. Pass allow_base_mismatch=True to go on all the same"
+        )
+
+
+def _attachable(saved: Saved, model: nn.Module) -> list[AdapterRecord]:
+    """The records to attach: an adapter that only packs the base is left out where the model is a float one."""
+    records = []
+    for record in saved.manifest.adapters:
+        entry = _installed(record)
+        capabilities = registry.load(entry, _adapter_class()).capabilities
+        if not (capabilities.quantises and packed_as(model) is None):
+            records.append(record)
+    return records
+
+
+def _adapter_class() -> type:
+    from .contract import Adapter
+
+    return Adapter
+
+
+def _installed(record: AdapterRecord) -> registry.Entry:
+    try:
+        return registry.find(ADAPTERS, _pick(record))
+    except PluginError:
+        raise PluginError(
+            f"this adapter needs the plugin {record.distribution} {record.version} for {record.adapter!r}; "
+            f"try `pip install {record.distribution}`"
+        ) from None
+
+
+def _pick(record: AdapterRecord) -> str:
+    return f"{record.distribution}:{record.adapter}"
+
+
+def _fill(stack: Stack, saved: Saved) -> None:
+    expected = _tensor_files(stack)
+    faults = [f"{name} is missing" for name in expected.keys() - saved.tensors.keys()]
+    for name, (own, attachment) in expected.items():
+        if name in saved.tensors:
+            faults += _tensor_faults(own, saved.tensors[name])
+            faults += _config_faults(_config(stack, attachment, saved.manifest.base.source), saved.configs[name])
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise ArtefactError(f"{saved.folder} does not fit this model: {'; '.join(faults[:5])}{more}")
+    with torch.no_grad():
+        for name, (_, attachment) in expected.items():
+            values = dict(saved.tensors[name])
+            prefix = attachment.head_prefix if attachment else Attachment.head_prefix
+            for head, parameter in stack.heads.items():
+                if (value := values.pop(f"{prefix}{head}", None)) is not None:
+                    parameter.copy_(value)
+            if attachment is not None:
+                attachment.load_tensors(values)
+
+
+def _tensor_faults(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    faults = [f"{key} is missing" for key in sorted(own.keys() - given.keys())]
+    faults += [f"{key} is not expected{nearest(key, own, list_all=False)}" for key in sorted(given.keys() - own.keys())]
+    for key in sorted(own.keys() & given.keys()):
+        ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (own[key], given[key]))
+        if ours != theirs:
+            faults.append(f"{key} is {theirs}, and {ours} is needed")
+    return faults
+
+
+def _config_faults(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """A setting that PEFT would follow and we would not. Empty and false ones of other versions do no harm."""
+    changed = sorted(key for key in own.keys() | given.keys() if own.get(key) != given.get(key) and given.get(key))
+    return [f"{CONFIG} says {key}: {given[key]!r}, the manifest {own.get(key)!r}" for key in changed]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError) as cause:
+        raise ArtefactError(f"{path} is damaged: {cause}") from cause
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} must hold one JSON object")
+    return content
+
+
+def _card(manifest: Manifest, files: Mapping[str, Any]) -> str:
+    stack = " + ".join(record.adapter for record in manifest.adapters)
+    base = manifest.base.source or manifest.base.model_class
+    first = next(iter(files))
+    subfolder = "" if first == "." else f', subfolder="{first}"'
+    peft = (
+        f'\nWith stock PEFT:\n\n```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "DIR"{subfolder})\n```\n'
+        if any(a is not None and a.peft_config() for _, a in files.values())
+        else ""
+    )
+    return (
+        f"# {stack} on {base}\n\nMade by onegpu {manifest.versions['onegpu']}. `manifest.json` says on which base, "
+        "with which settings, data and versions.\n\n```python\nfrom onegpu.adapters import load, load_base\n\n"
+        f'base = load_base("{base}")\nstack = load(base, "DIR")\n```\n{peft}'
+    )

@@ -1,0 +1,158 @@
+"""Loads a base model, as the loading stage of a stack wants it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from .contract import LoadOptions
+from .device import Hardware, Precision, compute_dtype, detect
+from .errors import RecipeError
+from .frozen_linear import FrozenLinear
+from .sources import Source, locate
+from .stack import Named, Spec, build
+from .structure import head_modules, modules, output_embeddings
+
+__all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]
+
+Kind = Literal["causal-lm", "sequence-classification"]
+AUTO = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+}
+
+
+def load_base(
+    source: str | Source,
+    adapters: Sequence[Spec | Named] = (),
+    *,
+    kind: Kind = "causal-lm",
+    labels: Sequence[str] | None = None,
+    precision: Precision = "auto",
+    revision: str | None = None,
+    seed: int = 0,
+    hardware: Hardware | None = None,
+) -> PreTrainedModel:
+    """Read a base model in one piece onto one device, frozen in spirit: `attach` decides what trains.
+
+    Args:
+        source: a local folder, a hub id (with `revision`), `package:NAME/path`, or a GGUF file.
+        adapters: the stack; those of the loading stage (`nf4`) take part.
+        kind: which head the model has.
+        labels: names of the classes, for a classification head.
+        precision: dtype of everything that is not packed.
+        seed: of a head that the checkpoint does not have.
+
+    Raises:
+        RecipeError: the source is wrong, or the checkpoint lacks tensors of the backbone.
+        DeviceError: the device cannot do what was asked for.
+    """
+    found = source if isinstance(source, Source) else locate(source, revision=revision)
+    place = found.materialise()
+    options = load_options(place, build(adapters), kind=kind, precision=precision, hardware=hardware, revision=found.revision)
+    extra: dict[str, Any] = {}
+    if labels is not None:
+        extra |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    if options.quantization_config is not None:
+        extra |= {"quantization_config": options.quantization_config, "device_map": {"": options.device}}
+    with _quietly(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, info = AUTO[kind].from_pretrained(
+            place, dtype=options.dtype, revision=found.revision, output_loading_info=True, **extra
+        )
+    _refuse_random_backbone(model, info["missing_keys"], found.written)
+    for step in options.after_load:
+        step(model)
+    if options.quantization_config is not None:
+        # The packed layers are ours now; to transformers and its Trainer this is an ordinary model again.
+        model.hf_quantizer.remove_quantization_config(model)
+    loaded: PreTrainedModel = model.to(options.device)
+    return loaded
+
+
+def load_options(
+    place: str,
+    stack: Sequence[Named],
+    *,
+    kind: Kind,
+    precision: Precision,
+    hardware: Hardware | None = None,
+    revision: str | None = None,
+) -> LoadOptions:
+    """What the stack makes of the loading options. Reads the configuration of the base, not its weights."""
+    hardware = hardware or detect()
+    options = LoadOptions(dtype=compute_dtype(precision, hardware), device=hardware.device)
+    keep = _keep_unpacked(place, kind, revision)
+    for named in stack:
+        options = named.adapter.load_options(options, keep)
+    return options
+
+
+def _keep_unpacked(place: str, kind: Kind, revision: str | None) -> tuple[str, ...]:
+    """Heads and output embeddings: a packed head could not be trained, and packed logits are coarse."""
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision)
+        with torch.device("meta"):
+            skeleton = AUTO[kind].from_config(config)
+    except (ValueError, KeyError, OSError) as cause:
+        raise RecipeError(f"base {place!r} cannot be used as a {kind} model: {_first_line(cause)}") from cause
+    output = output_embeddings(skeleton)
+    return (*head_modules(skeleton), *([output] if output else []))
+
+
+def _refuse_random_backbone(model: nn.Module, missing: Sequence[str], written: str) -> None:
+    heads = tuple(f"{head}." for head in head_modules(model))
+    random = sorted(key for key in missing if not key.startswith(heads))
+    if random:
+        more = f" and {len(random) - 1} more" if len(random) > 1 else ""
+        raise RecipeError(f"base {written!r}: the checkpoint has no weights for {random[0]}{more}; they would be random")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' report that a fresh head is fresh: we train and save it, and refuse anything else."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _first_line(cause: Exception) -> str:
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a loaded base occupies."""
+
+    packed: int  # the packed linears, scales included
+    packed_as_bf16: int  # what the same linears would take in bf16
+    other: int  # everything that is not packed
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.packed + self.other
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Measure a loaded base; shared tensors count once."""
+    packed = [m for _, m in modules(model) if isinstance(m, FrozenLinear)]
+    tensors = {t.data_ptr(): t.nbytes for m in packed for t in m.packed.buffers()}
+    everything = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return Footprint(
+        packed=sum(tensors.values()),
+        packed_as_bf16=sum(2 * m.in_features * m.out_features for m in packed),
+        other=sum(size for pointer, size in everything.items() if pointer not in tensors),
+    )

@@ -1,0 +1,99 @@
+"""Every error that a user can meet, and the exit code that each one ends a command with.
+
+    OnegpuError
+    ├── InvalidInput (ValueError)          exit 2   what was asked for is wrong
+    │   ├── RecipeError                             a recipe, a setting, an argument
+    │   ├── DataError                               rows, columns, files of a data set
+    │   ├── TargetError                             a pattern that matches nothing
+    │   ├── StackError                              adapters that cannot work together
+    │   └── ArtefactError                           an adapter folder that is not what it should be
+    ├── Unavailable (RuntimeError)         exit 3   something needed is missing here
+    │   ├── PluginError (LookupError)               unknown, ambiguous, broken or outdated plugin
+    │   └── DeviceError                             device, precision or memory
+    └── ProofFailed (AssertionError)       exit 4   a run that did not do what it claims
+
+A message names the place and the valid choices; no traceback is needed to act on it.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "OnegpuError",
+    "InvalidInput",
+    "RecipeError",
+    "DataError",
+    "TargetError",
+    "StackError",
+    "ArtefactError",
+    "Unavailable",
+    "PluginError",
+    "DeviceError",
+    "ProofFailed",
+    "nearest",
+]
+
+
+class OnegpuError(Exception):
+    """The root: anything that ends a command with a message instead of a traceback."""
+
+    exit_code = 1
+
+
+class InvalidInput(OnegpuError, ValueError):
+    """What was asked for is wrong: a recipe, data, an argument, an artefact."""
+
+    exit_code = 2
+
+
+class RecipeError(InvalidInput):
+    """A recipe or a setting is wrong; the message names file, line and path."""
+
+
+class DataError(InvalidInput):
+    """A data set is missing, empty, or lacks what its task needs."""
+
+
+class TargetError(InvalidInput):
+    """A pattern or a name matches nothing in the model."""
+
+
+class StackError(InvalidInput):
+    """Adapters that cannot be used together, or not on this base."""
+
+
+class ArtefactError(InvalidInput):
+    """An adapter folder is incomplete, altered, or belongs to another base."""
+
+
+class Unavailable(OnegpuError, RuntimeError):
+    """Something needed is missing or does not fit this machine."""
+
+    exit_code = 3
+
+
+class PluginError(Unavailable, LookupError):
+    """A plugin is unknown, ambiguous, broken, or written for another API level."""
+
+    __str__ = Exception.__str__  # LookupError's children may quote their message
+
+
+class DeviceError(Unavailable):
+    """The device lacks a capability, a precision or the memory that was asked for."""
+
+
+class ProofFailed(OnegpuError, AssertionError):
+    """The run did not do what it claims; what was written is kept aside and named."""
+
+    exit_code = 4
+
+
+def nearest(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:
+    """The tail of an error message: the likeliest intended name, and the valid ones when they are few."""
+    choices = sorted(set(valid))
+    close = get_close_matches(wrong, choices, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    if list_all and choices and (len(choices) <= 12 or not close):
+        shown = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else "")
+        hint += f" (valid: {shown})"
+    return hint

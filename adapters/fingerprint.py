@@ -1,0 +1,113 @@
+"""What a base is, by content: so that an adapter is never loaded on another one unnoticed."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .frozen_linear import PackedWeight
+from .structure import head_modules, modules, unwrap
+
+__all__ = ["Fingerprint", "differences", "fingerprint"]
+
+# Settings that say how a model is run, labelled or stored, not what it is.
+NOT_CONTENT = frozenset(
+    "_name_or_path transformers_version dtype torch_dtype quantization_config use_cache pad_token_id num_labels id2label "
+    "label2id architectures problem_type attn_implementation _attn_implementation return_dict output_hidden_states".split()
+)
+
+
+class TensorPrint(BaseModel):
+    """Digests of one base tensor. `rounded` is of its bf16 rounding, so that two float precisions can be compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    storage: str  # dtype, or the kind of packing
+    exact: str
+    rounded: str | None = None
+
+
+class Fingerprint(BaseModel):
+    """Digest of the configuration, and of each base tensor by logical name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str
+    tensors: dict[str, TensorPrint]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Fingerprint the base under whatever is attached to it: heads and adapters are left out."""
+    config = getattr(model, "config", None)
+    content = {k: v for k, v in (config.to_dict() if config else {}).items() if k not in NOT_CONTENT}
+    tensors = {name: _print(tensor, storage) for name, tensor, storage in _base_tensors(model)}
+    return Fingerprint(config=_digest(json.dumps(content, sort_keys=True, default=str).encode()), tensors=tensors)
+
+
+def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[str]]:
+    """(what shows that the model is another base, what could not be compared because it is stored otherwise).
+
+    A float tensor in another precision is compared after rounding both to bf16; a packed one with a float one not at all.
+    """
+    live = fingerprint(model)
+    faults, skipped = [], []
+    if live.config != stored.config:
+        faults.append("its configuration differs")
+    # A packed linear has one weight under several buffers: compare the names of what it stands for.
+    ours, theirs = ({_stem(name) for name in prints.tensors} for prints in (live, stored))
+    faults += [f"it lacks {name}" for name in sorted(theirs - ours)] + [f"it adds {name}" for name in sorted(ours - theirs)]
+    for name in sorted(theirs & ours):
+        here, there = ({k: p for k, p in f.tensors.items() if _stem(k) == name} for f in (live, stored))
+        if {k: p.storage for k, p in here.items()} == {k: p.storage for k, p in there.items()}:
+            same = here == there
+        elif name in here and name in there:
+            same = here[name].rounded == there[name].rounded
+        else:
+            skipped.append(name)
+            continue
+        if not same:
+            faults.append(f"{name} has other values")
+    return faults, skipped
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    heads = head_modules(model)
+    seen: set[int] = set()
+    for path, outer in [("", model), *modules(model)]:
+        if any(path == head or path.startswith(f"{head}.") for head in heads):
+            continue
+        module = unwrap(outer)
+        if isinstance(module, PackedWeight):
+            stem = path.removesuffix(".packed") + ".weight"
+            yield from ((f"{stem}#{name}", buffer, module.kind) for name, buffer in module.named_buffers())
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:  # tied tensors once
+                seen.add(id(parameter))
+                yield f"{path}.{name}".lstrip("."), parameter, str(parameter.dtype).removeprefix("torch.")
+
+
+def _stem(name: str) -> str:
+    return name.partition("#")[0]
+
+
+def _print(tensor: Tensor, storage: str) -> TensorPrint:
+    exact = _tensor_digest(tensor)
+    if not tensor.is_floating_point():
+        return TensorPrint(storage=storage, exact=exact)
+    rounded = exact if tensor.dtype == torch.bfloat16 else _tensor_digest(tensor.to(torch.bfloat16))
+    return TensorPrint(storage=storage, exact=exact, rounded=rounded)
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return _digest(str(tuple(tensor.shape)).encode(), memoryview(flat.numpy()))
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:24]

@@ -1,0 +1,70 @@
+"""Our one frozen linear over packed weights: dequantise, multiply in the compute dtype.
+
+Quantised bases are storage. Whatever packed the weights, every packed linear of a model, adapted or not, runs through
+this module: the same arithmetic in training and in evaluation, on CPU and CUDA. The packer's own forward is never
+called, because bitsandbytes' 4-bit one repacks weights in place on some CPUs during evaluation (gradients after that
+are wrong), and its int8 one picks outlier columns by batch (so splitting a batch changes the gradient).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenLinear", "PackedWeight"]
+
+
+class PackedWeight(nn.Module, ABC):
+    """A weight (out, in) in a packed form, held in buffers. Subclass per storage format."""
+
+    kind: ClassVar[str]  # what manifests and reports call this storage
+    shape: tuple[int, int]  # (out, in)
+
+    @abstractmethod
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in `dtype`; made anew at each call, never kept."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        """Move, but never cast: `model.bfloat16()` would otherwise round the scales and change the base."""
+        for name, buffer in self.named_buffers():
+            moved = fn(buffer)
+            setattr(self, name, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
+        return self
+
+
+class FrozenLinear(nn.Module):
+    """y = x Wᵀ + b with W packed and frozen.
+
+    Autograd keeps the packed weight, not the dequantised one: the backward pass dequantises again, so that a whole
+    model never exists in floats.
+    """
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.packed = packed
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        y: Tensor = _FrozenMatmul.apply(x, self.packed)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.packed.kind}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: PackedWeight) -> Tensor:  # (..., in) -> (..., out)
+        ctx.packed = packed
+        return x @ packed.dequantise(x.dtype).T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (..., out) -> (..., in)
+        return grad @ ctx.packed.dequantise(grad.dtype), None

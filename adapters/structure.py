@@ -1,0 +1,155 @@
+"""What a model is made of: its linears, its layers in order, its heads.
+
+Paths are *logical*: a wrapper that an adapter put around a module is looked through, so names stay those of the base.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .frozen_linear import FrozenLinear
+
+__all__ = [
+    "Addition",
+    "Layers",
+    "Wrapper",
+    "head_modules",
+    "linear_shape",
+    "linears",
+    "modules",
+    "output_embeddings",
+    "swap",
+    "unwrap",
+    "weight",
+]
+
+
+class Wrapper(nn.Module):
+    """A module that stands in for another one and holds it as `base`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+
+class Addition(nn.Module):
+    """A module that an adapter hung beside the base's own ones; not part of the base."""
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The base's own module behind any wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
+
+
+def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below `model` with its logical path, outermost wrapper first seen."""
+    for name, child in unwrap(model).named_children():
+        if not isinstance(child, Addition):
+            path = f"{prefix}{name}"
+            yield path, child
+            yield from modules(child, f"{path}.")
+
+
+def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in the place of old ones, wherever in the model they sit."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of anything that multiplies by a matrix; None for any other module."""
+    module = unwrap(module)
+    if isinstance(module, (nn.Linear, FrozenLinear)):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # GPT-2's linear, which stores its weight as (in, out)
+        return module.nx, module.nf
+    return None
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of the model, float or packed, by logical path."""
+    return {path: module for path, module in modules(model) if linear_shape(module) is not None}
+
+
+def output_embeddings(model: nn.Module) -> str | None:
+    """Logical path of the layer that gives logits over the vocabulary, where there is one."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        output = model.get_output_embeddings()
+    except NotImplementedError:
+        return None
+    return next((path for path, module in modules(model) if unwrap(module) is output or module is output), None)
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the task heads: what a model has beside its backbone and its output embeddings.
+
+    A BERT classifier has ("classifier",), a Llama one ("score",), a causal language model none.
+    """
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return ()
+    output = output_embeddings(model) or ""
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if child is not model.base_model
+        and not output.startswith(name)
+        and next(unwrap(child).parameters(), None) is not None
+    )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model in order, and where a tensor stands among them."""
+
+    stacks: tuple[tuple[str, int], ...]  # (path of a list of layers, how many it holds)
+    embeddings: tuple[str, ...]  # paths of what lies before the layers
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Layers":
+        """Read the layers off a model: its outermost lists of blocks, encoder before decoder."""
+        lists = {path: module for path, module in modules(model) if isinstance(module, nn.ModuleList)}
+        count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+        stacks = {path: len(m) for path, m in lists.items() if len(m) == count} or {p: len(m) for p, m in lists.items()}
+        outermost = {p: n for p, n in stacks.items() if not any(p.startswith(f"{q}.") for q in stacks)}
+        ancestors = {p.rsplit(".", i)[0] for p in outermost for i in range(1, p.count(".") + 1)}
+        return cls(tuple(outermost.items()), tuple(_embedding_paths(model, ancestors, set(outermost))))
+
+    @property
+    def count(self) -> int:
+        """How many layers there are, encoder and decoder together."""
+        return sum(length for _, length in self.stacks)
+
+    def depth(self, tensor: str) -> int:
+        """0 for the embeddings, 1 ... count for the layers, count + 1 for final norm and head."""
+        below = 0
+        for path, length in self.stacks:
+            if tensor.startswith(f"{path}."):
+                return below + int(tensor[len(path) + 1 :].split(".", 1)[0]) + 1
+            below += length
+        in_embeddings = any(tensor == path or tensor.startswith(f"{path}.") for path in self.embeddings)
+        return 0 if in_embeddings else self.count + 1
+
+
+def _embedding_paths(model: nn.Module, ancestors: set[str], stacks: set[str]) -> Iterator[str]:
+    """Modules beside the layer lists that hold an embedding table (token, position), outermost first."""
+    for path, module in modules(model):
+        parent = path.rpartition(".")[0]
+        beside = parent == "" or parent in ancestors
+        if beside and path not in ancestors | stacks and any(isinstance(m, nn.Embedding) for m in module.modules()):
+            yield path
+
+
+def weight(linear: nn.Module) -> Tensor:
+    """The float weight of an unpacked linear, (out, in) for nn.Linear and (in, out) for Conv1D."""
+    base = unwrap(linear)
+    assert isinstance(base, (nn.Linear, Conv1D)), type(base)
+    return base.weight

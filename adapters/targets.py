@@ -1,0 +1,93 @@
+"""Which linears an adapter changes: names, patterns or `all-linear`, resolved to a full list before anything runs."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .errors import TargetError, nearest
+from .structure import head_modules, linears, modules, output_embeddings, unwrap
+
+__all__ = ["ALL_LINEAR", "matches", "resolve", "shortest_names"]
+
+ALL_LINEAR = "all-linear"
+
+
+def resolve(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The linears that `targets` name, by logical path, in the order of the model.
+
+    `all-linear` is every linear except heads and output embeddings. A plain name matches the end of a path at a dot
+    (`q_proj`, `self_attn.q_proj`); a name with `*`, `?` or `[` is a pattern over the whole path (`*.layers.1?.*`).
+
+    Raises:
+        TargetError: an entry matches no linear (each such entry is named, with the nearest valid one), an entry matches
+            tied output embeddings, or `all-linear` would pass over experts that are kept as one large parameter.
+    """
+    found = linears(model)
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    heads = _untouchable(model)
+    if ALL_LINEAR in wanted:
+        _refuse_fused_experts(model)
+    faults = []
+    chosen: set[str] = set()
+    for entry in wanted:
+        hits = {path for path in found if matches(path, entry) and not (entry == ALL_LINEAR and path in heads)}
+        if not hits:
+            faults.append(_explain(entry, model, found))
+        chosen |= hits
+    if faults:
+        raise TargetError("; ".join(faults))
+    _refuse_tied_output(model, chosen)
+    return {path: module for path, module in found.items() if path in chosen}
+
+
+def matches(path: str, entry: str) -> bool:
+    """Whether one entry of `targets` means this path."""
+    if entry == ALL_LINEAR:
+        return True
+    if any(mark in entry for mark in "*?["):
+        return fnmatchcase(path, entry)
+    return path == entry or path.endswith(f".{entry}")
+
+
+def shortest_names(model: nn.Module, chosen: Sequence[str]) -> list[str]:
+    """Names that mean exactly `chosen` among the linears: last components where those suffice, else full paths."""
+    last = sorted({path.rpartition(".")[2] for path in chosen})
+    meant = {path for path in linears(model) if any(matches(path, name) for name in last)}
+    return last if meant == set(chosen) else sorted(chosen)
+
+
+def _untouchable(model: nn.Module) -> set[str]:
+    heads = head_modules(model)
+    output = output_embeddings(model)
+    inside = {p for p in linears(model) if any(p == head or p.startswith(f"{head}.") for head in heads)}
+    return inside | ({output} if output else set())
+
+
+def _explain(entry: str, model: nn.Module, found: dict[str, nn.Module]) -> str:
+    other = [type(unwrap(m)).__name__ for path, m in modules(model) if matches(path, entry)]
+    if other and entry != ALL_LINEAR:
+        return f"target {entry!r} matches {other[0]} modules, and only linear layers can be adapted"
+    return f"target {entry!r} matches no linear layer{nearest(entry, {path.rpartition('.')[2] for path in found})}"
+
+
+def _refuse_tied_output(model: nn.Module, chosen: set[str]) -> None:
+    output = output_embeddings(model)
+    if output in chosen and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        raise TargetError(
+            f"target {output!r} shares its weight with the input embeddings; adapting one of the two would pull them "
+            "apart. Untie them in the base first, or leave it out"
+        )
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    """Experts of some mixture models are one 3-D parameter, not linears: passing over them must not be silent."""
+    for path, module in modules(model):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                raise TargetError(
+                    f"{ALL_LINEAR} would leave {path}.{name} {tuple(parameter.shape)} unadapted, which holds many "
+                    "matrices in one parameter; list the targets by name to adapt the rest only"
+                )

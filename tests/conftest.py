@@ -1,0 +1,82 @@
+"""Tiny models and small helpers that every test may use. Nothing here reaches a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may ask a hub
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+TINY_LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # fewer than the query heads, on purpose
+}
+VARIANTS = {"plain": {}, "tied": {"tie_word_embeddings": True}, "wide-heads": {"head_dim": 16}}
+TINY_BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+}
+
+Noise = Callable[[dict[str, torch.nn.Parameter]], None]
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random models: the Llama variants by their names, and `bert` with a head of three classes."""
+    root = tmp_path_factory.mktemp("models")
+    for name, changes in VARIANTS.items():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**(TINY_LLAMA | changes))).save_pretrained(root / name)
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**TINY_BERT)).save_pretrained(root / "bert")
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture
+def llama(saved_models: dict[str, Path]) -> PreTrainedModel:
+    """A tiny Llama with grouped-query attention, float32, in evaluation mode."""
+    return LlamaForCausalLM.from_pretrained(saved_models["plain"])
+
+
+@pytest.fixture
+def bert(saved_models: dict[str, Path]) -> PreTrainedModel:
+    """A tiny BERT with a classification head of three classes."""
+    return BertForSequenceClassification.from_pretrained(saved_models["bert"])
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Token ids (2, 7), the same in every test."""
+    return torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def noise() -> Noise:
+    """Moves trainable tensors off their start, so that an adapter has an effect; the same at every call."""
+
+    def add(trainable: dict[str, torch.nn.Parameter]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in trainable.values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+    return add
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
