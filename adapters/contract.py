@@ -85,6 +85,10 @@ class Adapter(BaseModel, ABC):
         """Change how weights are read. `keep`: modules that must stay as they are (heads, output embeddings)."""
         return options
 
+    def positions(self) -> int:
+        """How many of the model's positions it occupies; the longest input shrinks by as many."""
+        return 0
+
     def attach(self, model: nn.Module, context: Context) -> "Attachment | None":
         """Change the model in memory; None when this adapter does nothing at this stage."""
         return None
@@ -131,10 +135,6 @@ class Attachment:
         """Switch the instance off (the base alone) or on again."""
         raise NotImplementedError
 
-    def positions(self) -> int:
-        """How many of the model's positions it occupies; the longest input shrinks by as many."""
-        return 0
-
     def before_step(self, step: int) -> None:
         """Called before the window of optimiser step `step` (layer sampling)."""
 
@@ -146,7 +146,7 @@ class Attachment:
         return None
 
     def may_rest(self) -> frozenset[str]:
-        """Trainable tensors that need not move in the first steps, by name: the step proof exempts them."""
+        """Trainable tensors that need not have a gradient in the step to come: the step proof passes over them."""
         return frozenset()
 
     def merge(self) -> None:

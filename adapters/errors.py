@@ -15,7 +15,7 @@
 A message names the place and the valid choices; no traceback is needed to act on it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 __all__ = [
@@ -47,7 +47,14 @@ class InvalidInput(OnegpuError, ValueError):
 
 
 class RecipeError(InvalidInput):
-    """A recipe or a setting is wrong; the message names file, line and path."""
+    """A recipe or a setting is wrong; the message names file, line and path.
+
+    `faults` are (path, message) pairs, for who can add the line.
+    """
+
+    def __init__(self, message: str, *, faults: Sequence[tuple[tuple[str | int, ...], str]] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
 
 
 class DataError(InvalidInput):

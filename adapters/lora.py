@@ -124,7 +124,7 @@ class LoRAAttachment(Attachment):
 
     def may_rest(self) -> frozenset[str]:
         """A has no gradient while B is zero."""
-        return frozenset(name for name in self.parameters if name.endswith(f".lora_A.{self.name}"))
+        return frozenset(f"{path}.lora_A.{self.name}" for path, layer in self.layers.items() if not layer.lora_B.any())
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -56,6 +56,9 @@ class Prefix(Adapter):
     text: str | None = None
     """Whose keys and values to start from (cut or repeated to `length` tokens); random tokens when left out."""
 
+    def positions(self) -> int:
+        return self.length
+
     def attach(self, model: nn.Module, context: Context) -> "PrefixAttachment":
         if not isinstance(model, PreTrainedModel):
             raise StackError(f"{context.name}: a prefix needs a transformers model, not {type(model).__name__}")
@@ -122,9 +125,6 @@ class PrefixAttachment(Attachment):
         for path in self.layers:
             delattr(self.base_model.get_submodule(path), f"prefix_{self.name}")
         _choose_attention(self.base_model)
-
-    def positions(self) -> int:
-        return self.adapter.length
 
     def _in_order(self) -> list[Tensor]:
         """Key and value of the first layer, of the second, ...; each (heads, length, head size)."""

@@ -83,7 +83,7 @@ def load(entry: Entry, base_class: type) -> Any:
     """
     try:
         loaded = entry.point.load()
-    except Exception as cause:  # whatever a plugin raises must not take the others down
+    except (Exception, SystemExit) as cause:  # whatever a plugin raises must not take the others down
         raise PluginError(f"{entry.name} of {entry.origin} is broken: {_reason(cause)}") from cause
     if not (isinstance(loaded, type) and issubclass(loaded, base_class)):
         raise PluginError(f"{entry.name} of {entry.origin} is broken: {entry.value} is no {base_class.__name__}")
@@ -97,7 +97,7 @@ def load(entry: Entry, base_class: type) -> Any:
     return loaded
 
 
-def _reason(cause: Exception) -> str:
+def _reason(cause: BaseException) -> str:
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__
 

@@ -71,8 +71,9 @@ def _build_one(index: int, spec: Spec | Named) -> Named:
     try:
         adapter = loaded.model_validate(config)
     except ValidationError as error:
-        texts = [".".join(map(str, f.path)) + f": {f.message}" for f in faults(error, loaded, (name,))]
-        raise RecipeError("; ".join(f"adapters[{index}].{text}" for text in texts)) from None
+        found = list(faults(error, loaded, (name,)))
+        texts = [f"adapters[{index}].{'.'.join(map(str, f.path))}: {f.message}" for f in found]
+        raise RecipeError("; ".join(texts), faults=found) from None
     return Named(adapter.name or entry.name, adapter, entry)
 
 
@@ -150,20 +151,17 @@ class Stack:
             for attachment in self.attachments:
                 attachment.enabled(True)
 
-    def positions(self) -> int:
-        """How many of the model's positions the adapters occupy."""
-        return sum(attachment.positions() for attachment in self.attachments)
-
     def detach(self) -> None:
         """Take everything out again, last first. A frozen base is then what it was, bit for bit."""
         for attachment in reversed(self.attachments):
             attachment.detach()
         for undo in reversed(self._undo):
             undo()
-        _ATTACHED[self.model].remove(self)
+        del _ATTACHED[self.model][id(self)]
 
 
-_ATTACHED: "WeakKeyDictionary[nn.Module, list[Stack]]" = WeakKeyDictionary()
+# Which names and which tensors are attached to a model, by stack. It must not refer to the model, or both would stay.
+_ATTACHED: "WeakKeyDictionary[nn.Module, dict[int, tuple[frozenset[str], frozenset[int]]]]" = WeakKeyDictionary()
 
 
 def attach(model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, tokenizer: Any = None) -> Stack:
@@ -196,7 +194,8 @@ def attach(model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, to
         if attachment is not None:
             stack.attachments.append(attachment)
     _pass_gradients_through_checkpoints(stack)
-    _ATTACHED.setdefault(model, []).append(stack)
+    names = frozenset(n.name for n in named if n.adapter.capabilities.trains)
+    _ATTACHED.setdefault(model, {})[id(stack)] = (names, frozenset(map(id, stack.trainable().values())))
     return stack
 
 
@@ -211,10 +210,10 @@ def packed_as(model: nn.Module) -> str | None:
 
 
 def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
-    present = {n.name for stack in _ATTACHED.get(model, ()) for n in stack.named}
+    present = frozenset().union(*(names for names, _ in _ATTACHED.get(model, {}).values()))
     for n in named:
         capabilities = n.adapter.capabilities
-        if n.name in present and capabilities.trains:
+        if n.name in present:
             raise StackError(f"{n.name!r} is attached to this model already; detach it, or give the new one a `name`")
         if capabilities.quantises and packed_as(model) is None:
             raise StackError(f"{n.name} packs weights while they are read; load the model with load_base(..., [{n.name!r}])")
@@ -228,7 +227,7 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
 def _free_heads_only(stack: Stack) -> None:
     """Freeze the base; make heads trainable in float32, fed in float32 whatever the base computes in."""
     model = stack.model
-    taken = {id(p) for other in _ATTACHED.get(model, ()) for p in other.trainable().values()}
+    taken = frozenset().union(*(tensors for _, tensors in _ATTACHED.get(model, {}).values()))
     for parameter in model.parameters():
         if id(parameter) not in taken:
             parameter.requires_grad_(False)

@@ -33,6 +33,7 @@ class Wrapper(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
+        self.training = base.training  # a model fresh from its checkpoint is in evaluation mode
 
 
 class Addition(nn.Module):

@@ -1,7 +1,8 @@
 """Turns what pydantic found wrong in a configuration into messages that name the place and the valid choices."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,9 +37,8 @@ def _message(detail: Any, model: type[BaseModel], path: Path) -> str:
         return f"unknown key{nearest(str(path[-1]), parent.model_fields if parent else ())}"
     if detail["type"] == "missing":
         return "this key is needed"
-    text = str(detail["msg"]).removeprefix("Value error, ")
-    text = text[:1].lower() + text[1:].replace("Input should", "should").replace(" should be", " must be")
-    text = text.replace("input should be", "must be").replace("input should", "must")
+    text = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)
+    text = text[:1].lower() + text[1:]
     given = detail["input"]
     return f"{text}, not {given!r}" if isinstance(given, (str, int, float, bool, list, type(None))) else text
 
@@ -46,13 +46,26 @@ def _message(detail: Any, model: type[BaseModel], path: Path) -> str:
 def _without_union_tags(model: type[BaseModel], location: Path) -> Path:
     """pydantic adds the tried type to the location of a union (`targets.str`): keep only what the user wrote."""
     path: list[str | int] = []
-    current: type[BaseModel] | None = model
+    current: Any = model  # the type at `path`; None where it is not known
     for part in location:
-        if current is None and isinstance(part, str) and path:
-            break
+        members = [member for member in _members(current) if member is not NoneType]
+        if len(members) > 1:
+            current = None
+            continue
         path.append(part)
-        current = _model_at(model, tuple(path))
+        current = _below(members[0] if members else current, part)
     return tuple(path)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+
+
+def _below(annotation: Any, part: str | int) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(part))
+        return field.annotation if field else None
+    return get_args(annotation)[-1] if get_origin(annotation) in (dict, list) else None
 
 
 def _model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:

@@ -6,12 +6,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-TINY_LLAMA = {
+TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -19,8 +20,8 @@ TINY_LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,  # fewer than the query heads, on purpose
 }
-VARIANTS = {"plain": {}, "tied": {"tie_word_embeddings": True}, "wide-heads": {"head_dim": 16}}
-TINY_BERT = {
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "tied": {"tie_word_embeddings": True}, "wide-heads": {"head_dim": 16}}
+TINY_BERT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -1,0 +1,46 @@
+"""Talk to a fine-tuned model: base and adapter as the manifest names them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onegpu.adapters import ArtefactError, artefact, load, load_base
+from onegpu.adapters.device import Precision
+from onegpu.adapters.sources import locate
+from transformers import AutoTokenizer
+
+from .runfolder import RunFolder
+from .tasks import Reader
+from .tasks.chat import answer
+
+__all__ = ["open_chat"]
+
+PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
+    """Load the model of a run or adapter folder; returns a function that answers and remembers the conversation.
+
+    Raises:
+        ArtefactError: not an adapter folder, or not one of a chat task.
+        RecipeError, Unavailable: its base is not here.
+    """
+    run = RunFolder(folder)
+    manifest = artefact.read(run.adapter if run.adapter.is_dir() else folder).manifest
+    if "chat" not in manifest.run.get("task", {}) or manifest.base.source is None:
+        raise ArtefactError(f"{folder} was not trained by the task `chat`")
+    source = locate(manifest.base.source, revision=manifest.base.revision)
+    stack: list[Any] = [{f"{r.distribution}:{r.adapter}": {**r.config, "name": r.name}} for r in manifest.adapters]
+    model = load_base(source, stack, precision=PRECISIONS[manifest.base.dtype.partition("/")[0]])
+    load(model, run.adapter if run.adapter.is_dir() else folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision)
+    reader = Reader(tokenizer, limit=tokenizer.model_max_length, stops=frozenset(manifest.run["stop_tokens"]))
+    messages: list[dict[str, str]] = []
+
+    def talk(text: str) -> str:
+        messages.append({"role": "user", "content": text})
+        reply = answer(model, reader, messages, tokens)
+        messages.append({"role": "assistant", "content": reply})
+        return reply
+
+    return talk

@@ -1,0 +1,289 @@
+"""Reads a recipe strictly: every fault at once, each with its line, its path and the nearest valid choice."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from onegpu.adapters import OnegpuError, RecipeError, build
+from onegpu.adapters.errors import nearest
+from onegpu.adapters.stack import Named, check, split
+from onegpu.adapters.validation import Fault, Path as KeyPath, faults
+from pydantic import BaseModel, ValidationError
+
+from .packaged import packaged_recipes
+from .schema import Recipe, Train
+from .tasks import Task, get_task
+
+__all__ = ["Loaded", "load_recipe", "parse_recipe"]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe that was read, checked and resolved; no weight was touched."""
+
+    name: str
+    recipe: Recipe
+    stack: tuple[Named, ...]
+    task_name: str
+    task: Task
+    folder: Path  # what relative paths start from
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every effective value written out; loading this again gives the same run."""
+        content = self.recipe.model_dump()
+        content["adapters"] = [{_written(n): n.adapter.model_dump()} for n in self.stack]
+        content["task"] = {self.task_name: self.task.model_dump()}
+        return content
+
+    def as_yaml(self) -> str:
+        """`resolved` as a file."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
+    """Load a recipe file, or a packaged recipe by its name, with `key.path=value` overrides.
+
+    Raises:
+        RecipeError: with every fault of the recipe.
+        PluginError: an adapter or a task is not installed, or broken.
+    """
+    path = Path(name)
+    if path.is_file():
+        return parse_recipe(path.read_text("utf-8"), name=name, folder=path.resolve().parent, overrides=overrides)
+    known = {p.name: p for p in packaged_recipes()}
+    if name not in known:
+        kind = "no such file" if path.suffix or "/" in name else "no such recipe"
+        raise RecipeError(f"recipe {name!r}: {kind}{nearest(name, known)}")
+    return parse_recipe(known[name].path.read_text("utf-8"), name=name, folder=Path.cwd(), overrides=overrides)
+
+
+def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Check the text of a recipe. `name` is what messages call it."""
+    document = _read_yaml(text, name)
+    for override in overrides:
+        _apply(document, override)
+    found: list[Fault] = []
+    recipe = _validated(Recipe, document.content, found)
+    stack = _stack(document, found)
+    task_name, task = _task(document, found)
+    if found:
+        raise RecipeError("\n".join(document.explain(fault) for fault in _with_belonging(found, task)))
+    assert recipe is not None
+    assert task is not None
+    check(stack, has_head=task.has_head)
+    short = Path(name).stem if Path(name).suffix else name
+    recipe = _with_whole_paths(recipe, ("base", "adapter"), folder)
+    task = _with_whole_paths(task, ("data", "evaluation"), folder)
+    return Loaded(short, recipe, stack, task_name, task, folder)
+
+
+def _with_whole_paths(model: Model, keys: Sequence[str], folder: Path) -> Model:
+    """Make relative paths independent of where the recipe lies, so that its resolved form can lie elsewhere."""
+    update = {}
+    for key in keys:
+        value = getattr(model, key)
+        if isinstance(value, str) and (folder / value).exists():
+            update[key] = str((folder / value).resolve())
+    return model.model_copy(update=update)
+
+
+# --- YAML with places -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Document:
+    """The content of a recipe, and the place that each key came from."""
+
+    name: str
+    content: dict[str, Any]
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def explain(self, fault: Fault) -> str:
+        above = (fault.path[:n] for n in range(len(fault.path), 0, -1))
+        place = next((self.places[path] for path in above if path in self.places), self.name)
+        return f"{place}: {_dotted(fault.path)}: {fault.message}" if fault.path else f"{place}: {fault.message}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, except that 2e-4 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(text: str, name: str) -> _Document:
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        document = _Document(name, {})
+        content = _construct(loader, root, (), document) if root is not None else {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}{line}: not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not YAML: {error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name}: a recipe is a set of keys (base, adapters, task, train), not {type(content).__name__}")
+    document.content = content
+    return document
+
+
+def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: _Document) -> Any:
+    document.places.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*path, index), document) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        content: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise RecipeError(f"{document.name}:{line}: {_dotted((*path, str(key)))}: a key must be text, not {key!r}")
+            if key in content:
+                raise RecipeError(f"{document.name}:{line}: {_dotted((*path, key))}: this key is given twice")
+            document.places[(*path, key)] = f"{document.name}:{line}"
+            content[key] = _construct(loader, value_node, (*path, key), document)
+        return content
+    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+def _apply(document: _Document, override: str) -> None:
+    """Apply one `key.path=value`; an adapter is reached by its name or its index (`adapters.lora.rank=8`)."""
+    keys, equals, text = override.partition("=")
+    if not equals or not keys:
+        raise RecipeError(f"--set {override}: write key.path=value")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from None
+    path: list[str | int] = []
+    parts = keys.split(".")
+    current: Any = document.content
+    for part in parts[:-1]:
+        current, step = _descend(current, part, override)
+        path += step
+    last = parts[-1]
+    if isinstance(current, list):
+        index = _index(current, last, override)
+        current[index] = value
+        path.append(index)
+    else:
+        current[last] = value
+        path.append(last)
+    document.places[tuple(path)] = f"--set {override}"
+
+
+def _descend(current: Any, part: str, override: str) -> tuple[Any, list[str | int]]:
+    """The container that `part` names inside `current`, made where it is missing, and its path."""
+    if isinstance(current, list):
+        index = _index(current, part, override)
+        if isinstance(current[index], str):
+            current[index] = {current[index]: {}}
+        ((name, settings),) = current[index].items()
+        if settings is None:
+            settings = current[index][name] = {}
+        return settings, [index, name]
+    if current.get(part) is None:
+        current[part] = {}
+    elif isinstance(current[part], str) and part == "task":
+        current[part] = {current[part]: {}}
+    if not isinstance(current[part], (dict, list)):
+        raise RecipeError(f"--set {override}: {part!r} is a value, it has no keys below it")
+    return current[part], [part]
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    names = [next(iter(item), None) if isinstance(item, dict) else item for item in items]
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    if names.count(part) != 1:
+        why = "is there more than once, use its index" if part in names else "is not in the list"
+        raise RecipeError(f"--set {override}: {part!r} {why}{nearest(part, [str(n) for n in names])}")
+    return names.index(part)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def _validated(model: type[BaseModel], content: Any, found: list[Fault], at: KeyPath = ()) -> Any:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        found += faults(error, model, at)
+        return None
+
+
+def _stack(document: _Document, found: list[Fault]) -> tuple[Named, ...]:
+    specs = document.content.get("adapters") or []
+    named = []
+    for index, spec in enumerate(specs if isinstance(specs, list) else []):
+        try:
+            (one,) = build([spec])
+            named.append(one)
+        except RecipeError as error:
+            inner = error.faults or (((), _after_place(str(error))),)
+            found += [Fault(("adapters", index, *path), message) for path, message in inner]
+        except OnegpuError as error:
+            raise type(error)(document.explain(Fault(("adapters", index), str(error)))) from error
+    return tuple(named) if found else build(named)  # checks that names differ
+
+
+def _task(document: _Document, found: list[Fault]) -> tuple[str, Any]:
+    spec = document.content.get("task")
+    if spec is None:
+        return "", None
+    try:
+        name, settings = split(spec, "task")
+    except RecipeError as error:
+        found.append(Fault(("task",), _after_place(str(error))))
+        return "", None
+    try:
+        task_class = get_task(name)
+    except OnegpuError as error:
+        raise type(error)(document.explain(Fault(("task",), str(error)))) from error
+    return name, _validated(task_class, settings, found, ("task", name))
+
+
+def _after_place(text: str) -> str:
+    return text.partition(": ")[2] or text
+
+
+def _with_belonging(found: Sequence[Fault], task: Task | None) -> list[Fault]:
+    """Where an unknown key is a known one elsewhere, say where it belongs."""
+    homes: dict[str, str] = {key: "the top level" for key in Recipe.model_fields}
+    homes |= {key: "`train`" for key in Train.model_fields}
+    homes |= {key: "the task" for key in Task.model_fields}
+    told = []
+    for fault in found:
+        key = str(fault.path[-1]) if fault.path else ""
+        if fault.message.startswith("unknown key") and key in homes:
+            fault = fault._replace(message=f"unknown key; {key!r} belongs under {homes[key]}")
+        told.append(fault)
+    return told
+
+
+def _written(named: Named) -> str:
+    assert named.entry is not None
+    return named.entry.name
+

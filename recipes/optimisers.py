@@ -1,0 +1,83 @@
+"""Optimiser, parameter groups and schedule, from the rates of a stack."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from onegpu.adapters import Rate
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from .schema import Train
+
+__all__ = ["Group", "groups_of", "make_optimizer", "make_schedule", "warmup_steps"]
+
+EIGHT_BIT_FROM = 4096  # elements; below, 8-bit state costs accuracy and saves nothing
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainable tensors that are stepped alike."""
+
+    rate: Rate
+    names: tuple[str, ...]
+    elements: int
+
+    def row(self, learning_rate: float) -> dict[str, Any]:
+        """For tables and the manifest."""
+        return {
+            "tensors": len(self.names),
+            "elements": self.elements,
+            "learning_rate": learning_rate * self.rate.multiplier,
+            "weight_decay": self.rate.weight_decay,
+            "example": self.names[0],
+        }
+
+
+def groups_of(trainable: Mapping[str, nn.Parameter], rates: Mapping[str, Rate]) -> list[Group]:
+    """Equal rates form one group, in the order of their first tensor; every tensor is in exactly one."""
+    assert trainable.keys() == rates.keys()
+    by_rate: dict[Rate, list[str]] = {}
+    for name, rate in rates.items():
+        by_rate.setdefault(rate, []).append(name)
+    return [Group(r, tuple(names), sum(trainable[n].numel() for n in names)) for r, names in by_rate.items()]
+
+
+def make_optimizer(train: Train, groups: list[Group], trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser with one parameter group per `Group`, in the same order."""
+    settings: list[dict[str, Any]] = [
+        {
+            "params": [trainable[name] for name in group.names],
+            "names": list(group.names),
+            "lr": train.learning_rate * group.rate.multiplier,
+            "weight_decay": group.rate.weight_decay,
+        }
+        for group in groups
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(settings, lr=train.learning_rate)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(settings, lr=train.learning_rate)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about a kernel that is not used
+    import bitsandbytes
+
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        settings, lr=train.learning_rate, min_8bit_size=EIGHT_BIT_FROM
+    )
+    return optimizer
+
+
+def make_schedule(train: Train, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """transformers' schedule: one factor over time, applied to every group's own rate."""
+    schedule: LRScheduler = get_scheduler(
+        train.schedule, optimizer, num_warmup_steps=warmup_steps(train, steps), num_training_steps=steps
+    )
+    return schedule
+
+
+def warmup_steps(train: Train, steps: int) -> int:
+    """Warm-up in optimiser steps."""
+    return train.warmup if isinstance(train.warmup, int) else round(train.warmup * steps)

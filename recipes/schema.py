@@ -1,0 +1,97 @@
+"""What a recipe may say. Unknown keys are errors at every level; each default stands here and nowhere else."""
+
+from typing import Annotated, Any, Literal
+
+from onegpu.adapters.device import Precision
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["Recipe", "Train"]
+
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Train(_Strict):
+    """How the loop steps."""
+
+    steps: Count | None = None
+    """Optimiser steps. Either this or `epochs`."""
+
+    epochs: Count | None = None
+    """Passes over the training rows; 1 when neither is given."""
+
+    effective_batch: Count = 16
+    """Examples per optimiser step. Gradient accumulation follows from it and never changes the gradient."""
+
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Examples per forward pass: a matter of memory and speed only."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak rate; adapters may scale it per tensor."""
+
+    optimizer: Literal["adamw", "adamw-8bit", "sgd"] = "adamw"
+    """`adamw-8bit` is bitsandbytes', which keeps tensors below 4,096 elements in 32 bits."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of matrices; vectors (biases, norms) have none."""
+
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient of a step; null for no clipping."""
+
+    schedule: Schedule = "cosine"
+    """transformers' names."""
+
+    warmup: Count | Share = 0.0
+    """A share of the steps, or a number of steps."""
+
+    precision: Precision = "auto"
+    """What the frozen base is held and computed in; trained tensors are float32 always."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    evaluate_every: Count | None = 50
+    """Optimiser steps between evaluations; null for one before and one after."""
+
+    checkpoint_every: Count | None = 50
+    """Optimiser steps between checkpoints to resume from; null for none."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of everything random: start of the adapter, order of the rows, dropout, split."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "Train":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give `steps` or `epochs`, not both")
+        if self.schedule == "constant" and self.warmup:
+            raise ValueError("the schedule `constant` would ignore `warmup`; use `constant_with_warmup`")
+        return self
+
+
+class Recipe(_Strict):
+    """A base model, a stack of adapters, a task with its data, and how to train."""
+
+    base: str
+    """A local folder, a `.gguf` file, `package:NAME/path`, or a hub id (with `revision`)."""
+
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+
+    adapters: list[Any] = []
+    """The stack, applied in order: names, or one name with its settings."""
+
+    adapter: str | None = None
+    """An adapter folder to continue from, with the same stack; always trainable."""
+
+    task: Any
+    """One task with its settings, such as `chat: {data: train.jsonl}`."""
+
+    train: Train = Train()
+    """How the loop steps."""

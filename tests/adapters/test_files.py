@@ -1,0 +1,97 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from onegpu.adapters.files import atomic_folder, cache_folder, write_json, write_text
+
+
+def _fail(*args: object) -> None:
+    raise OSError("disk full")
+
+
+def test_a_text_is_written_whole_and_readable_by_others(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "grün")
+    assert (tmp_path / "a.txt").read_text("utf-8") == "grün"
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync"])
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, broken, _fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(tmp_path / "a.txt", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_json_is_sorted_so_that_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": "é"})
+    write_json(tmp_path / "b.json", {"a": "é", "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert "é" in (tmp_path / "a.json").read_text("utf-8")
+
+
+def test_json_without_meaning_is_refused_before_the_old_file_is_touched(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_a_folder_appears_only_when_its_block_ends_well(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "adapter"
+    with atomic_folder(target) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "a").write_text("x")
+        assert not target.exists()
+    assert (target / "sub" / "a").read_text() == "x"
+    assert [path.name for path in target.parent.iterdir()] == ["adapter"]
+
+
+def test_a_failed_block_leaves_the_old_folder_and_no_rubbish(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with atomic_folder(target) as partial:
+        (partial / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as partial:
+        (partial / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    for name in ("old", "new"):
+        with atomic_folder(target) as partial:
+            (partial / name).touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_can_be_read_by_others(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "adapter") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "a").touch(mode=0o600)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"adapter": 0o755, "sub": 0o755, "a": 0o644}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"ONEGPU_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/onegpu"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/onegpu"),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    for name in ("ONEGPU_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)
