@@ -11,6 +11,7 @@ Names are imported at first use, so that listing what is installed needs no torc
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -78,6 +79,9 @@ __all__ = [
     "DeviceError",
     "ProofFailed",
 ]
+
+# Whoever imports bitsandbytes first (accelerate does) is asked for an optional CPU kernel that our forward never uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -137,7 +137,9 @@ def read(folder: str | Path) -> Saved:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         others = [name for name in ("adapter_model.bin", CONFIG) if (folder / name).exists()]
-        hint = f"; it holds {' and '.join(others)}, which another program wrote (pickles are never read)" if others else ""
+        hint = (
+            f"; it holds {' and '.join(others)}, which another program wrote (pickles are never read)" if others else ""
+        )
         raise ArtefactError(f"{folder} is not an adapter folder: it has no {MANIFEST}{hint}")
     try:
         manifest = Manifest.model_validate(json.loads((folder / MANIFEST).read_text("utf-8")))
@@ -224,7 +226,9 @@ def _manifest(
     records = []
     for n in stack.named:
         if n.entry is None:
-            raise ArtefactError(f"{n.name}: {type(n.adapter).__name__} is registered by no distribution, so nobody could load it")
+            raise ArtefactError(
+                f"{n.name}: {type(n.adapter).__name__} is registered by no distribution, so nobody could load it"
+            )
         attachment = attachments.get(n.name)
         records.append(
             AdapterRecord(
@@ -373,18 +377,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _card(manifest: Manifest, files: Mapping[str, Any]) -> str:
-    stack = " + ".join(record.adapter for record in manifest.adapters)
+CARD = """# {stack} on {base}
+
+Made by onegpu {version}. `manifest.json` says on which base, with which settings, data and versions.
+
+```python
+from onegpu.adapters import load, load_base
+
+base = load_base("{base}")
+stack = load(base, "DIR")
+```
+"""
+
+PEFT_CARD = """
+With stock PEFT:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "DIR"{subfolder})
+```
+"""
+
+
+def _card(manifest: Manifest, files: Mapping[str, tuple[dict[str, Tensor], Attachment | None]]) -> str:
+    stack = " + ".join(record.adapter for record in manifest.adapters) or "trained head"
     base = manifest.base.source or manifest.base.model_class
-    first = next(iter(files))
-    subfolder = "" if first == "." else f', subfolder="{first}"'
-    peft = (
-        f'\nWith stock PEFT:\n\n```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "DIR"{subfolder})\n```\n'
-        if any(a is not None and a.peft_config() for _, a in files.values())
-        else ""
-    )
-    return (
-        f"# {stack} on {base}\n\nMade by onegpu {manifest.versions['onegpu']}. `manifest.json` says on which base, "
-        "with which settings, data and versions.\n\n```python\nfrom onegpu.adapters import load, load_base\n\n"
-        f'base = load_base("{base}")\nstack = load(base, "DIR")\n```\n{peft}'
-    )
+    card = CARD.format(stack=stack, base=base, version=manifest.versions["onegpu"])
+    readable = [folder for folder, (_, a) in files.items() if a is not None and a.peft_config() is not None]
+    if readable:
+        card += PEFT_CARD.format(subfolder="" if readable[0] == "." else f', subfolder="{readable[0]}"')
+    return card

@@ -1,7 +1,6 @@
 """Loads a base model, as the loading stage of a stack wants it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +13,10 @@ from .contract import LoadOptions
 from .device import Hardware, Precision, compute_dtype, detect
 from .errors import RecipeError
 from .frozen_linear import FrozenLinear
+from .quiet import quietly
 from .sources import Source, locate
 from .stack import Named, Spec, build
-from .structure import head_modules, modules, output_embeddings
+from .structure import head_modules, output_embeddings
 
 __all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]
 
@@ -54,13 +54,15 @@ def load_base(
     """
     found = source if isinstance(source, Source) else locate(source, revision=revision)
     place = found.materialise()
-    options = load_options(place, build(adapters), kind=kind, precision=precision, hardware=hardware, revision=found.revision)
+    options = load_options(
+        place, build(adapters), kind=kind, precision=precision, hardware=hardware, revision=found.revision
+    )
     extra: dict[str, Any] = {}
     if labels is not None:
         extra |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if options.quantization_config is not None:
         extra |= {"quantization_config": options.quantization_config, "device_map": {"": options.device}}
-    with _quietly(), torch.random.fork_rng():
+    with quietly(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model, info = AUTO[kind].from_pretrained(
             place, dtype=options.dtype, revision=found.revision, output_loading_info=True, **extra
@@ -110,22 +112,9 @@ def _refuse_random_backbone(model: nn.Module, missing: Sequence[str], written: s
     random = sorted(key for key in missing if not key.startswith(heads))
     if random:
         more = f" and {len(random) - 1} more" if len(random) > 1 else ""
-        raise RecipeError(f"base {written!r}: the checkpoint has no weights for {random[0]}{more}; they would be random")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' report that a fresh head is fresh: we train and save it, and refuse anything else."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
+        raise RecipeError(
+            f"base {written!r}: the checkpoint has no weights for {random[0]}{more}; they would be random"
+        )
 
 
 def _first_line(cause: Exception) -> str:
@@ -148,7 +137,7 @@ class Footprint:
 
 def footprint(model: nn.Module) -> Footprint:
     """Measure a loaded base; shared tensors count once."""
-    packed = [m for _, m in modules(model) if isinstance(m, FrozenLinear)]
+    packed = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     tensors = {t.data_ptr(): t.nbytes for m in packed for t in m.packed.buffers()}
     everything = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return Footprint(

@@ -14,10 +14,11 @@ from .structure import head_modules, modules, unwrap
 __all__ = ["Fingerprint", "differences", "fingerprint"]
 
 # Settings that say how a model is run, labelled or stored, not what it is.
-NOT_CONTENT = frozenset(
-    "_name_or_path transformers_version dtype torch_dtype quantization_config use_cache pad_token_id num_labels id2label "
-    "label2id architectures problem_type attn_implementation _attn_implementation return_dict output_hidden_states".split()
-)
+NOT_CONTENT = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "architectures"),
+    *("use_cache", "pad_token_id", "num_labels", "id2label", "label2id", "problem_type", "return_dict"),
+    *("attn_implementation", "_attn_implementation", "output_hidden_states"),
+}
 
 
 class TensorPrint(BaseModel):
@@ -50,7 +51,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[str]]:
     """(what shows that the model is another base, what could not be compared because it is stored otherwise).
 
-    A float tensor in another precision is compared after rounding both to bf16; a packed one with a float one not at all.
+    Float tensors of two precisions are compared by their bf16 roundings; a packed and a float one are not comparable.
     """
     live = fingerprint(model)
     faults, skipped = [], []
@@ -58,7 +59,9 @@ def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[
         faults.append("its configuration differs")
     # A packed linear has one weight under several buffers: compare the names of what it stands for.
     ours, theirs = ({_stem(name) for name in prints.tensors} for prints in (live, stored))
-    faults += [f"it lacks {name}" for name in sorted(theirs - ours)] + [f"it adds {name}" for name in sorted(ours - theirs)]
+    faults += [f"it lacks {name}" for name in sorted(theirs - ours)] + [
+        f"it adds {name}" for name in sorted(ours - theirs)
+    ]
     for name in sorted(theirs & ours):
         here, there = ({k: p for k, p in f.tensors.items() if _stem(k) == name} for f in (live, stored))
         if {k: p.storage for k, p in here.items()} == {k: p.storage for k, p in there.items()}:
@@ -103,7 +106,7 @@ def _print(tensor: Tensor, storage: str) -> TensorPrint:
 
 def _tensor_digest(tensor: Tensor) -> str:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return _digest(str(tuple(tensor.shape)).encode(), memoryview(flat.numpy()))
+    return _digest(str(tuple(tensor.shape)).encode(), flat.numpy().data)
 
 
 def _digest(*parts: bytes | memoryview) -> str:

@@ -1,11 +1,13 @@
 """Turns a GGUF file into a folder in transformers' format."""
 
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .errors import RecipeError
+from .quiet import quietly
 
 __all__ = ["dequantise"]
 
@@ -16,6 +18,12 @@ def dequantise(gguf: Path, folder: Path) -> None:
     Raises:
         RecipeError: the file is damaged, or of an architecture that transformers cannot read.
     """
+    print(f"dequantising {gguf.name} into the cache, once", file=sys.stderr)
+    with quietly():
+        _convert(gguf, folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

@@ -7,11 +7,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from .contract import Adapter, Attachment, Capabilities, Context
 from .errors import StackError
 from .frozen_linear import FrozenLinear
-from .structure import Conv1D, Wrapper, linear_shape, swap, unwrap, weight
+from .structure import Wrapper, linear_shape, swap, unwrap, weight
 from .targets import ALL_LINEAR, resolve, shortest_names
 
 __all__ = ["LoRA", "LoRALinear"]

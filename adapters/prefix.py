@@ -75,7 +75,8 @@ class Prefix(Adapter):
 
     def _tokens(self, model: PreTrainedModel, context: Context, generator: torch.Generator) -> Tensor:  # (1, length)
         if self.text is None:
-            return torch.randint(model.get_input_embeddings().num_embeddings, (1, self.length), generator=generator)
+            vocabulary = int(model.config.get_text_config().vocab_size)
+            return torch.randint(vocabulary, (1, self.length), generator=generator)
         if context.tokenizer is None:
             raise StackError(f"{context.name}: `text` needs a tokenizer")
         ids = context.tokenizer(self.text, add_special_tokens=False)["input_ids"]
@@ -143,7 +144,8 @@ class PrefixAttachment(Attachment):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._uniform:
-            return super().load_tensors(tensors)
+            super().load_tensors(tensors)
+            return
         own = self._in_order()
         heads, length, size = own[0].shape
         flat = tensors["prompt_embeddings"].view(length, len(own), heads, size)
@@ -171,7 +173,10 @@ class PrefixAttachment(Attachment):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention with the prefixes of this layer in front. key, value: (batch, heads, tokens, size)."""
+    """Scaled dot-product attention with the prefixes of this layer in front.
+
+    key, value: (batch, key-value heads, tokens, size); attention_mask: (batch, 1, queries, tokens).
+    """
     queries, tokens = query.shape[2], key.shape[2]
     if attention_mask is None and queries > 1 and getattr(module, "is_causal", False):
         # The kernel's own causal mask would be aligned with the prefix instead of with the tokens.
@@ -213,7 +218,9 @@ def _choose_attention(model: PreTrainedModel) -> None:
 
 def _set_attention(model: PreTrainedModel, implementation: str) -> None:
     if implementation in (ATTENTION, LISTENING) and not model._can_set_attn_implementation():
-        raise StackError(f"prefix cannot work on {model.config.model_type}: its attention is not in the public registry")
+        raise StackError(
+            f"prefix cannot work on {model.config.model_type}: its attention is not in the public registry"
+        )
     model.set_attn_implementation(implementation)
 
 
@@ -290,8 +297,9 @@ def _positions(given: Mapping[str, Any], model: PreTrainedModel) -> Tensor:  # (
     """The positions that the backbone would have numbered its tokens with."""
     tokens: Tensor = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     if model.config.model_type in COUNTED_FROM_PADDING and given.get("input_ids") is not None:
-        real = (tokens != model.config.pad_token_id).int()
-        return real.cumsum(1) * real + model.config.pad_token_id
+        padding = int(model.config.pad_token_id)
+        real = (tokens != padding).int()
+        return real.cumsum(1) * real + padding
     cache = given.get("past_key_values")
     seen = cache.get_seq_length() if cache is not None else 0
     return torch.arange(tokens.shape[1], device=tokens.device)[None] + seen

@@ -4,13 +4,15 @@ bitsandbytes only packs here. What it packed is then adopted by `FrozenLinear`, 
 Heads and output embeddings stay as they are, and so does every tensor that is not the weight of a linear.
 """
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
@@ -20,12 +22,6 @@ from .frozen_linear import FrozenLinear, PackedWeight
 from .structure import swap
 
 __all__ = ["FP4", "NF4", "Int8"]
-
-# It asks for an optional kernel that our forward never uses; nothing a user should have to read.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes as bnb  # noqa: E402
-from bitsandbytes.functional import QuantState  # noqa: E402
 
 
 class _Quantiser(Adapter):
@@ -45,14 +41,18 @@ class _Quantiser(Adapter):
         if options.device.type not in bnb.supported_torch_devices:
             raise DeviceError(f"bitsandbytes {bnb.__version__} cannot pack weights on {options.device.type!r}")
         adopt: Callable[[nn.Module], None] = self._adopt_all
-        return replace(
-            options, quantization_config=self._config(list(keep)), after_load=(*options.after_load, adopt)
-        )
+        return replace(options, quantization_config=self._config(list(keep)), after_load=(*options.after_load, adopt))
 
     def _adopt_all(self, model: nn.Module) -> None:
         """Put our frozen linear in the place of every layer that bitsandbytes packed."""
         adopted = {layer: packed for layer in model.modules() if (packed := self._adopt(layer)) is not None}
-        swap(model, {layer: FrozenLinear(packed, layer.bias) for layer, packed in adopted.items()})
+        swap(
+            model,
+            {
+                layer: FrozenLinear(packed, dict(layer.named_parameters()).get("bias"))
+                for layer, packed in adopted.items()
+            },
+        )
 
 
 class Int8(_Quantiser):
@@ -69,7 +69,7 @@ class Int8(_Quantiser):
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
 
     def _adopt(self, layer: nn.Module) -> PackedWeight | None:
-        return RowsInt8(layer) if isinstance(layer, bnb.nn.Linear8bitLt) else None
+        return RowsInt8(layer) if isinstance(layer, Linear8bitLt) else None
 
 
 class _FourBit(_Quantiser):
@@ -87,7 +87,7 @@ class _FourBit(_Quantiser):
         )
 
     def _adopt(self, layer: nn.Module) -> PackedWeight | None:
-        return Blocks4Bit(layer.weight) if isinstance(layer, bnb.nn.Linear4bit) else None
+        return Blocks4Bit(layer.weight) if isinstance(layer, Linear4bit) else None
 
 
 class NF4(_FourBit):
@@ -153,9 +153,12 @@ class Blocks4Bit(PackedWeight):
             self.register_buffer("scale_offset", state.offset)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
+        # Blocks run on from row to row. Where a row ends within one, the CPU kernel of 0.50 takes wrong scales, some from
+        # beyond the tensor, unless it is given the weight as one row.
+        outputs, inputs = self.shape
         state = QuantState(
             absmax=self.scales,
-            shape=torch.Size(self.shape),
+            shape=torch.Size(self.shape if inputs % self.block_size == 0 else (1, outputs * inputs)),
             code=self.levels,
             blocksize=self.block_size,
             quant_type=self.kind,
@@ -167,4 +170,4 @@ class Blocks4Bit(PackedWeight):
                 absmax=self.scale_scales, code=self.scale_levels, blocksize=self.nested_block_size, dtype=torch.float32
             )
         weight: Tensor = bnb.functional.dequantize_4bit(self.values, state)
-        return weight
+        return weight.view(self.shape)

@@ -1,7 +1,7 @@
 """Finds adapters, tasks and recipes that installed distributions declare as entry points.
 
-Metadata first: listing reads names, distributions and versions from disk and imports nothing; using one imports that one.
-The built-in adapters register exactly as a third party's do. Plugin code comes from installed distributions only,
+Metadata first: listing reads names, distributions and versions from disk and imports nothing; using one imports that
+one. The built-in adapters register exactly as a third party's do. Plugin code comes from installed distributions only,
 never from a path or an import string in a recipe or an artefact.
 """
 

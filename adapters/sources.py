@@ -76,7 +76,9 @@ def _in_package(written: str) -> Path:
     if not place.is_relative_to(root):
         raise RecipeError(f"base {written!r}: the path leaves the package")
     if not place.exists():
-        shipped = [str(p.relative_to(root)) for p in (*root.rglob("*.gguf"), *(c.parent for c in root.rglob("config.json")))]
+        shipped = [
+            str(p.relative_to(root)) for p in (*root.rglob("*.gguf"), *(c.parent for c in root.rglob("config.json")))
+        ]
         raise RecipeError(f"base {written!r}: the package has no {inner!r}{nearest(inner, shipped)}")
     return place
 

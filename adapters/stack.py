@@ -17,7 +17,7 @@ from .contract import Adapter, Attachment, Context, Rate
 from .errors import RecipeError, StackError
 from .frozen_linear import FrozenLinear
 from .registry import ADAPTERS, Entry
-from .structure import Layers, head_modules, modules
+from .structure import Layers, head_modules
 from .validation import faults
 
 __all__ = ["Named", "Spec", "Stack", "attach", "build", "check", "get", "packed_as", "rates", "split"]
@@ -184,7 +184,9 @@ def attach(model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, to
     _free_heads_only(stack)
     for n in named:
         try:
-            attachment = n.adapter.attach(model, Context(name=n.name, layers=stack.layers, seed=seed, tokenizer=tokenizer))
+            attachment = n.adapter.attach(
+                model, Context(name=n.name, layers=stack.layers, seed=seed, tokenizer=tokenizer)
+            )
         except BaseException:
             for done in reversed(stack.attachments):
                 done.detach()
@@ -206,7 +208,7 @@ def rates(stack: Stack, weight_decay: float = 0.0) -> dict[str, Rate]:
 
 def packed_as(model: nn.Module) -> str | None:
     """How the base's linears are packed (`nf4`, ...), or None for a float base."""
-    return next((m.packed.kind for _, m in modules(model) if isinstance(m, FrozenLinear)), None)
+    return next((m.packed.kind for m in model.modules() if isinstance(m, FrozenLinear)), None)
 
 
 def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
@@ -216,7 +218,9 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
         if n.name in present:
             raise StackError(f"{n.name!r} is attached to this model already; detach it, or give the new one a `name`")
         if capabilities.quantises and packed_as(model) is None:
-            raise StackError(f"{n.name} packs weights while they are read; load the model with load_base(..., [{n.name!r}])")
+            raise StackError(
+                f"{n.name} packs weights while they are read; load the model with load_base(..., [{n.name!r}])"
+            )
         if not capabilities.quantised_bases and packed_as(model) is not None:
             raise StackError(f"{n.name} cannot work on a base packed as {packed_as(model)}")
         is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)

@@ -49,7 +49,7 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Cut a window into forward passes, longest examples first: little padding, and memory runs out at once or never."""
+    """Cut a window into forward passes, longest first: little padding, and memory runs out at once or never."""
     ordered = sorted(examples, key=lambda example: (-len(example.ids), example.row))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from onegpu.adapters import ArtefactError, artefact, load, load_base
 from onegpu.adapters.device import Precision
 from onegpu.adapters.sources import locate
-from transformers import AutoTokenizer
 
 from .runfolder import RunFolder
 from .tasks import Reader

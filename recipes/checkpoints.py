@@ -1,10 +1,10 @@
 """Checkpoints to resume from, bit for bit: safetensors and JSON, never a pickle.
 
-    step-000050/
-      adapter/                the artefact as it stands
-      optimizer.safetensors   every tensor of the optimiser's state
-      state.json              everything else: schedule, loss scaling, adapters' own state, versions
-      random.safetensors      the random states of torch, per device
+step-000050/
+  adapter/                the artefact as it stands
+  optimizer.safetensors   every tensor of the optimiser's state
+  state.json              everything else: schedule, loss scaling, adapters' own state, versions
+  random.safetensors      the random states of torch, per device
 """
 
 import json
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy
 import torch
-from onegpu.adapters import RecipeError, Stack, Unavailable
-from onegpu.adapters.artefact import fill
-from onegpu.adapters.files import atomic_folder, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from onegpu.adapters import RecipeError, Stack, Unavailable
+from onegpu.adapters.artefact import fill
+from onegpu.adapters.files import atomic_folder, write_json
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 

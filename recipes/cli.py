@@ -1,7 +1,7 @@
 """The command line. Commands import what they need when they run: listing needs no torch.
 
-Exit codes: 0 done; 2 the recipe, data or arguments are wrong; 3 something needed is missing or does not fit this machine;
-4 a proof failed; 130 interrupted, resumable.
+Exit codes: 0 done; 2 the recipe, data or arguments are wrong; 3 something needed is missing or does not fit this
+machine; 4 a proof failed; 130 interrupted, resumable.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from onegpu.adapters import OnegpuError
 from onegpu.adapters.registry import ADAPTERS, TASKS, entries
 
@@ -66,7 +67,9 @@ def show(recipe: RecipeName, overrides: Override = [], as_json: AsJson = False) 
 @app.command()
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or an adapter folder.")],
-    message: Annotated[str | None, typer.Option("-m", "--message", help="Ask once instead of in a conversation.")] = None,
+    message: Annotated[
+        str | None, typer.Option("-m", "--message", help="Ask once instead of in a conversation.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
 ) -> None:
     """Talk to a fine-tuned model."""

@@ -21,8 +21,8 @@ DROPPED_SHARE = 0.05  # more unusable rows than that are a mistake, not noise
 class Split:
     """Rows for training and for evaluation; no row is on both sides."""
 
-    train: list[Row]
-    evaluation: list[Row]
+    train: Sequence[Row]
+    evaluation: Sequence[Row]
     labels: Labels
     fingerprint: str
     written: str
@@ -75,9 +75,9 @@ def split_rows(loaded: Loaded) -> Split:
     task, seed = loaded.task, loaded.recipe.train.seed
     rows = _read(task.data, loaded, limit=task.limit)
     if isinstance(task.evaluation, str):
-        held_out = [] if task.evaluation == "none" else _read(task.evaluation, loaded).rows
+        held_out: Sequence[Row] = [] if task.evaluation == "none" else _read(task.evaluation, loaded).rows
         known = {canonical(row) for row in held_out}
-        train = [row for row in rows.rows if canonical(row) not in known]
+        train: Sequence[Row] = [row for row in rows.rows if canonical(row) not in known]
     else:
         train, held_out = _by_share(rows, task.evaluation, seed)
     if not train:
@@ -90,7 +90,7 @@ def _read(written: str, loaded: Loaded, limit: int | None = None) -> Rows:
     return read_rows(written, folder=loaded.folder, needs=task.needs, columns=task.columns, limit=limit)
 
 
-def _by_share(rows: Rows, share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def _by_share(rows: Rows, share: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
     if not 0 < share < 1:
         raise RecipeError(f"evaluation: a share lies between 0 and 1, not {share}; or name a file, or `none`")
     unique = list(dict.fromkeys(map(canonical, rows.rows)))
@@ -98,7 +98,7 @@ def _by_share(rows: Rows, share: float, seed: int) -> tuple[list[Row], list[Row]
     held_out = set(unique[: max(1, round(share * len(unique)))])
     train = [row for row in rows.rows if canonical(row) not in held_out]
     evaluation = {canonical(row): row for row in rows.rows if canonical(row) in held_out}
-    return list(train), list(evaluation.values())
+    return train, list(evaluation.values())
 
 
 def encode(task: Task, split: Split, reader: Reader) -> Dataset:
@@ -129,5 +129,6 @@ def describe(dropped: dict[str, list[int]]) -> str:
     """Why rows were dropped, and which, most frequent reason first."""
     reasons = Counter({reason: len(numbers) for reason, numbers in dropped.items()}).most_common(5)
     return "; ".join(
-        f"{reason} (row {', '.join(map(str, dropped[reason][:5]))}{', ...' if count > 5 else ''})" for reason, count in reasons
+        f"{reason} (row {', '.join(map(str, dropped[reason][:5]))}{', ...' if count > 5 else ''})"
+        for reason, count in reasons
     )

@@ -4,9 +4,10 @@ import dataclasses
 import inspect
 from typing import Any
 
+from pydantic import BaseModel
+
 from onegpu.adapters import ADAPTERS, TASKS, Adapter, Entry, PluginError, entries, get
 from onegpu.adapters.registry import find, load
-from pydantic import BaseModel
 
 from .schema import Recipe
 from .tasks import Task, get_task
@@ -76,7 +77,13 @@ def _described(entry: Entry, model: type[BaseModel], facts: dict[str, Any]) -> d
         }
         for name, field in model.model_fields.items()
     ]
-    return {"name": entry.name, "origin": entry.origin, "doc": inspect.getdoc(model), "facts": facts, "settings": settings}
+    return {
+        "name": entry.name,
+        "origin": entry.origin,
+        "doc": inspect.getdoc(model),
+        "facts": facts,
+        "settings": settings,
+    }
 
 
 def _type_of(schema: dict[str, Any]) -> str:

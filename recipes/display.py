@@ -20,9 +20,11 @@ class Display:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=False)
         self._progress: Progress | None = None
 
-    def line(self, label: str, text: str = "") -> None:
+    def line(self, label: str, text: str) -> None:
         """One fact: a label in a column of its own, then text."""
-        self.console.print(f"[bold]{escape(label):<10}[/bold]{escape(text)}" if text else escape(label))
+        self.console.print(
+            f"[bold]{escape(f'{label:<10}')}[/bold]{escape(text)}", soft_wrap=not self.console.is_terminal
+        )
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator["Steps"]:
@@ -30,7 +32,12 @@ class Display:
         if not self.console.is_terminal:
             yield Steps(self, steps, None, None)
             return
-        columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+        columns = (
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+        )
         with Progress(*columns, console=self.console, expand=True) as progress:
             yield Steps(self, steps, progress, progress.add_task("", total=steps, completed=done))
 

@@ -2,15 +2,17 @@
 
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from onegpu.adapters import ADAPTERS, TASKS, DeviceError, entries, load_base
 from onegpu.adapters.device import compute_dtype, detect
 from onegpu.adapters.files import cache_folder
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from .describing import breakage
 from .display import human_bytes
@@ -18,6 +20,14 @@ from .display import human_bytes
 __all__ = ["Finding", "examine"]
 
 LIBRARIES = ("onegpu", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+TINY = LlamaConfig(
+    vocab_size=32,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
 
 
 class Finding(NamedTuple):
@@ -64,7 +74,7 @@ def _precision() -> str:
     hardware, possible = detect(), []
     for precision in ("fp32", "bf16", "fp16"):
         try:
-            compute_dtype(precision, hardware)  # type: ignore[arg-type]
+            compute_dtype(precision, hardware)
             possible.append(precision)
         except DeviceError:
             pass
@@ -73,11 +83,8 @@ def _precision() -> str:
 
 def _packing() -> str:
     """Pack a tiny model in each way and run it."""
-    import tempfile
-
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+        LlamaForCausalLM(TINY).save_pretrained(folder)
         for name in ("int8", "nf4", "fp4"):
             logits = load_base(folder, [name], precision="fp32")(torch.tensor([[1, 2]]).to(detect().device)).logits
             assert torch.isfinite(logits).all(), f"{name} gives logits that are not finite"
@@ -85,10 +92,10 @@ def _packing() -> str:
 
 
 def _eight_bit_step() -> str:
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     parameter = torch.nn.Parameter(torch.ones(8192, device=detect().device))
-    optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=0.1)
+    optimizer = AdamW8bit([parameter], lr=0.1)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert (parameter < 1).all(), "the step moved nothing"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
+
 from onegpu.adapters import OnegpuError, RecipeError, build
 from onegpu.adapters.errors import nearest
 from onegpu.adapters.stack import Named, check, split
 from onegpu.adapters.validation import Fault, Path as KeyPath, faults
-from pydantic import BaseModel, ValidationError
 
 from .packaged import packaged_recipes
 from .schema import Recipe, Train
@@ -43,7 +44,8 @@ class Loaded:
 
     def as_yaml(self) -> str:
         """`resolved` as a file."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return text
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
@@ -134,7 +136,9 @@ def _read_yaml(text: str, name: str) -> _Document:
     finally:
         loader.dispose()
     if not isinstance(content, dict):
-        raise RecipeError(f"{name}: a recipe is a set of keys (base, adapters, task, train), not {type(content).__name__}")
+        raise RecipeError(
+            f"{name}: a recipe is a set of keys (base, adapters, task, train), not {type(content).__name__}"
+        )
     document.content = content
     return document
 
@@ -146,16 +150,18 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: _Docum
     if isinstance(node, yaml.MappingNode):
         content: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise RecipeError(f"{document.name}:{line}: {_dotted((*path, str(key)))}: a key must be text, not {key!r}")
+                raise RecipeError(
+                    f"{document.name}:{line}: {_dotted((*path, str(key)))}: a key must be text, not {key!r}"
+                )
             if key in content:
                 raise RecipeError(f"{document.name}:{line}: {_dotted((*path, key))}: this key is given twice")
             document.places[(*path, key)] = f"{document.name}:{line}"
             content[key] = _construct(loader, value_node, (*path, key), document)
         return content
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node, deep=True)
 
 
 def _dotted(path: Iterable[str | int]) -> str:
@@ -174,7 +180,7 @@ def _apply(document: _Document, override: str) -> None:
     if not equals or not keys:
         raise RecipeError(f"--set {override}: write key.path=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+        value = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from None
     path: list[str | int] = []
@@ -271,9 +277,9 @@ def _after_place(text: str) -> str:
 
 def _with_belonging(found: Sequence[Fault], task: Task | None) -> list[Fault]:
     """Where an unknown key is a known one elsewhere, say where it belongs."""
-    homes: dict[str, str] = {key: "the top level" for key in Recipe.model_fields}
-    homes |= {key: "`train`" for key in Train.model_fields}
-    homes |= {key: "the task" for key in Task.model_fields}
+    homes: dict[str, str] = dict.fromkeys(Recipe.model_fields, "the top level")
+    homes |= dict.fromkeys(Train.model_fields, "`train`")
+    homes |= dict.fromkeys(Task.model_fields, "the task")
     told = []
     for fault in found:
         key = str(fault.path[-1]) if fault.path else ""
@@ -286,4 +292,3 @@ def _with_belonging(found: Sequence[Fault], task: Task | None) -> list[Fault]:
 def _written(named: Named) -> str:
     assert named.entry is not None
     return named.entry.name
-

@@ -1,15 +1,15 @@
 """Optimiser, parameter groups and schedule, from the rates of a stack."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from onegpu.adapters import Rate
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
+
+from onegpu.adapters import Rate
 
 from .schema import Train
 
@@ -61,12 +61,9 @@ def make_optimizer(train: Train, groups: list[Group], trainable: Mapping[str, nn
         return torch.optim.SGD(settings, lr=train.learning_rate)
     if train.optimizer == "adamw":
         return torch.optim.AdamW(settings, lr=train.learning_rate)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about a kernel that is not used
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-        settings, lr=train.learning_rate, min_8bit_size=EIGHT_BIT_FROM
-    )
+    optimizer: torch.optim.Optimizer = AdamW8bit(settings, lr=train.learning_rate, min_8bit_size=EIGHT_BIT_FROM)
     return optimizer
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from onegpu.adapters import ProofFailed, Stack
 from onegpu.adapters.fingerprint import Fingerprint, differences
-from torch import Tensor, nn
 
 from .tasks import Batch, Task
 
@@ -38,14 +39,15 @@ class StepProof:
     @property
     def pending(self) -> bool:
         """Whether more steps are to be watched."""
-        return self.judged < JUDGED_STEPS
+        return self.judged < JUDGED_STEPS and len(self.proved) < len(self.stack.trainable())
 
     def before_step(self, rate: float) -> None:
         """Look at gradients and values just before the optimiser steps; a rate of zero (warm-up) proves nothing."""
         self._before, self._had_gradient = {}, {}
         if not self.pending or rate == 0:
             return
-        resting = frozenset().union(*(a.may_rest() for a in self.stack.attachments))
+        self.judged += 1
+        resting = frozenset[str]().union(*(a.may_rest() for a in self.stack.attachments))
         for name, parameter in self.stack.trainable().items():
             if name not in resting and name not in self.proved:
                 self._before[name] = parameter.detach().clone()
@@ -57,9 +59,6 @@ class StepProof:
         Raises:
             ProofFailed: after the last judged step, a tensor never had a gradient, or never moved.
         """
-        if not self._before:
-            return
-        self.judged += 1
         trainable = self.stack.trainable()
         for name, before in self._before.items():
             if not self._had_gradient[name]:
@@ -68,19 +67,20 @@ class StepProof:
                 self.suspects[name] = "had a gradient and did not move"
             else:
                 self.proved.add(name)
-        self._before = {}
         guilty = [name for name in self.suspects if name not in self.proved]
-        if not self.pending and guilty:
+        if self._before and not self.pending and guilty:
             raise ProofFailed(
                 f"step proof: {guilty[0]} {self.suspects[guilty[0]]} in {self.judged} steps"
                 + (f", and so {len(guilty) - 1} more" if len(guilty) > 1 else "")
             )
+        self._before = {}
 
     def verdict(self) -> str:
         """One line for the report."""
         if self.pending:
-            return f"too short to judge: {self.judged} of {JUDGED_STEPS} steps"
-        return f"{len(self.proved)} tensors had a gradient and moved"
+            return f"too short to judge: {self.judged} of {JUDGED_STEPS} steps with a rate above zero"
+        exempt = len(self.stack.trainable()) - len(self.proved)
+        return f"{len(self.proved)} tensors had a gradient and moved" + (f", {exempt} are exempt" if exempt else "")
 
 
 def frozen_base(stack: Stack, before: Fingerprint) -> None:

@@ -76,7 +76,9 @@ def _read(written: str, folder: Path) -> list[dict[str, Any]]:
     path = folder / Path(written).expanduser()
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
-        raise RecipeError(f"data {written!r}: a file must end in {', '.join(readers)} (or use sample:NAME, hub:ID@REVISION)")
+        raise RecipeError(
+            f"data {written!r}: a file must end in {', '.join(readers)} (or use sample:NAME, hub:ID@REVISION)"
+        )
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*") if p.suffix in readers)[:5]
         raise RecipeError(f"data {written!r}: no such file{'; there: ' + ', '.join(near) if near else ''}")

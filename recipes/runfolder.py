@@ -1,9 +1,9 @@
 """The folder of a run. This file alone knows the names in it.
 
-    recipe.yaml          the recipe as resolved
-    adapter/             the result
-    metrics.jsonl        one object per optimiser step and per evaluation
-    checkpoints/step-NNNNNN/
+recipe.yaml          the recipe as resolved
+adapter/             the result
+metrics.jsonl        one object per optimiser step and per evaluation
+checkpoints/step-NNNNNN/
 """
 
 import json
@@ -55,7 +55,9 @@ class RunFolder:
             raise RecipeError(f"{self.path} is not the folder of a run: it has no recipe.yaml")
         changed = _changed_lines(self.recipe.read_text("utf-8"), recipe)
         if changed:
-            raise RecipeError(f"{self.path} holds a run of another recipe, so it cannot be resumed with this one:\n{changed}")
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe, so it cannot be resumed with this one:\n{changed}"
+            )
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""

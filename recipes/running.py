@@ -1,30 +1,32 @@
 """From a loaded recipe to a proved adapter folder: preflight, base, adapters, loop, artefact, round trip."""
 
 import gc
+import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from onegpu.adapters import DataError, ProofFailed, RecipeError, Stack, artefact, attach, load, load_base
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, set_seed
+
+from onegpu.adapters import DataError, ProofFailed, RecipeError, artefact, attach, load, load_base
 from onegpu.adapters.base import footprint, load_options
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, detect, grad_scaler
 from onegpu.adapters.files import write_json
 from onegpu.adapters.fingerprint import fingerprint
 from onegpu.adapters.sources import Source, locate
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .batches import Plan, resolve_micro_batch
 from .checkpoints import read_checkpoint
 from .dataset import Dataset, Split, describe, encode, split_rows
 from .display import Display, human_bytes
 from .loading import Loaded
-from .optimisers import groups_of, make_optimizer, make_schedule
+from .optimisers import Group, groups_of, make_optimizer, make_schedule
 from .proofs import Probe, round_trip
 from .runfolder import RunFolder
 from .tasks import Labels, Reader, Row
@@ -102,7 +104,12 @@ def preflight(loaded: Loaded) -> Job:
     split = split_rows(loaded)
     place = source.materialise()
     options = load_options(
-        place, loaded.stack, kind=loaded.task.kind, precision=recipe.train.precision, hardware=hardware, revision=source.revision
+        place,
+        loaded.stack,
+        kind=loaded.task.kind,
+        precision=recipe.train.precision,
+        hardware=hardware,
+        revision=source.revision,
     )
     reader = make_reader(place, loaded, split.labels)
     return Job(loaded, source, place, hardware, options, split, reader, encode(loaded.task, split, reader))
@@ -116,7 +123,9 @@ def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
     except (OSError, ValueError) as cause:
         raise RecipeError(f"base {loaded.recipe.base!r} has no tokenizer that can be read: {cause}") from cause
     if task.kind == "causal-lm" and tokenizer.chat_template is None:
-        raise RecipeError(f"base {loaded.recipe.base!r} has no chat template, so conversations cannot be rendered for it")
+        raise RecipeError(
+            f"base {loaded.recipe.base!r} has no chat template, so conversations cannot be rendered for it"
+        )
     occupied = sum(named.adapter.positions() for named in loaded.stack)
     most = AutoConfig.from_pretrained(place, revision=revision).get_text_config().max_position_embeddings - occupied
     if task.max_length is not None and task.max_length > most:
@@ -129,7 +138,7 @@ def _stops(place: str, revision: str | None, tokenizer: Any) -> set[int]:
     """Tokens at which generation ends: the tokenizer's, and those of the model's generation settings."""
     found = {tokenizer.eos_token_id}
     try:
-        configured = GenerationConfig.from_pretrained(place, revision=revision).eos_token_id
+        configured = GenerationConfig.from_pretrained(place, revision=revision or "main").eos_token_id
         found |= set(configured) if isinstance(configured, list) else {configured}
     except OSError:
         pass  # a base without generation settings has only its tokenizer's
@@ -158,8 +167,11 @@ def run(loaded: Loaded, out: Path, *, resume: bool = False, display: Display | N
     return outcome
 
 
-def _train_and_prove(job: Job, folder: RunFolder, accelerator: Accelerator, display: Display, *, resume: bool) -> Outcome:
+def _train_and_prove(
+    job: Job, folder: RunFolder, accelerator: Accelerator, display: Display, *, resume: bool
+) -> Outcome:
     model = job.load_base()
+    _describe_base(model, display)
     demonstrate = _demonstrator(job)
     before = demonstrate(model)
     session, save = _session(job, model, folder, accelerator, display, resume=resume)
@@ -191,7 +203,7 @@ def _session(
 ) -> tuple[Session, Callable[[Path], None]]:
     """Attach, build the optimiser, and restore a checkpoint where there is one."""
     settings = job.loaded.recipe.train
-    _seed(settings.seed)
+    set_seed(settings.seed)
     base = fingerprint(model)
     stack = attach(model, job.loaded.stack, seed=settings.seed, tokenizer=job.reader.tokenizer)
     if job.loaded.recipe.adapter is not None:
@@ -225,11 +237,9 @@ def _session(
 
     def save(place: Path) -> None:
         run_facts = facts | {"steps": session.step, "scores": session.scores[-1] if session.scores else {}}
-        artefact.save(
-            stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts
-        )
+        artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
-    _describe_stack(stack, groups, settings.learning_rate, display)
+    _describe_groups(groups, settings.learning_rate, display)
     _restore(session, resume=resume)
     return session, save
 
@@ -248,12 +258,6 @@ def _restore(session: Session, *, resume: bool) -> None:
         session.display.line("resumed", f"after step {session.step}")
 
 
-def _seed(seed: int) -> None:
-    from transformers import set_seed
-
-    set_seed(seed)
-
-
 def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says about the run. No times and no paths: equal runs write equal bytes."""
     settings = job.loaded.recipe.train
@@ -270,8 +274,6 @@ def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tokenizer_digest(tokenizer: Any) -> dict[str, str]:
-    import hashlib
-
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -295,35 +297,38 @@ def _prove(job: Job, folder: Path, probe: Probe) -> float:
 
 def _demonstrator(job: Job) -> Callable[[Any], tuple[str, str] | None]:
     """Shows the model's answer to the first held-out row, where the task has answers."""
-    rows: list[Row] = job.split.evaluation[:1]
+    rows: Sequence[Row] = job.split.evaluation[:1]
     return lambda model: job.loaded.task.demonstrate(model, job.reader, rows[0]) if rows else None
 
 
 def _describe(job: Job, display: Display) -> None:
-    data = job.dataset
+    data, task = job.dataset, job.loaded.task
+    what = f"{data.supervised:,} of {data.tokens:,} tokens supervised"
+    if job.reader.labels is not None:
+        what = f"{len(job.reader.labels)} classes"
     display.line("recipe", job.loaded.name)
-    display.line(
-        "data",
-        f"{len(data.train):,} rows to train on, {len(data.evaluation):,} held out; "
-        f"{data.supervised:,} of {data.tokens:,} tokens supervised"
-        if job.loaded.task.kind == "causal-lm"
-        else f"{len(data.train):,} rows to train on, {len(data.evaluation):,} held out; {len(job.reader.labels or ()):,} classes",
-    )
+    display.line("data", f"{len(data.train):,} rows of {task.data}, {len(data.evaluation):,} held out; {what}")
     if data.dropped:
         display.line("dropped", describe(data.dropped))
 
 
-def _describe_stack(stack: Stack, groups: list[Any], learning_rate: float, display: Display) -> None:
-    size = footprint(stack.model)
-    trained = sum(parameter.numel() for parameter in stack.trainable().values())
-    memory = human_bytes(size.total)
+def _describe_base(model: PreTrainedModel, display: Display) -> None:
+    size = footprint(model)
+    text = f"{human_bytes(size.total)} on {model.device}"
     if size.packed:
-        memory += f"; packed linears {human_bytes(size.packed)}, in bf16 they would be {human_bytes(size.packed_as_bf16)}"
-    display.line("memory", memory)
-    display.line("trains", f"{trained:,} parameters in {len(stack.trainable()):,} tensors")
+        text += f"; packed linears {human_bytes(size.packed)} ({human_bytes(size.packed_as_bf16)} in bf16)"
+    display.line("base", text)
+
+
+def _describe_groups(groups: list[Group], learning_rate: float, display: Display) -> None:
+    """The groups as a table: every trainable tensor is in exactly one."""
     for group in groups:
         row = group.row(learning_rate)
-        display.line("group", f"{row['tensors']:>4} tensors  lr {row['learning_rate']:.2e}  decay {row['weight_decay']:g}  {row['example']}")
+        display.line(
+            "group",
+            f"{row['tensors']:>4} tensors {row['elements']:>11,} parameters  lr {row['learning_rate']:.2e}  "
+            f"decay {row['weight_decay']:g}",
+        )
 
 
 def _report(outcome: Outcome, display: Display, seconds: float) -> None:
@@ -335,4 +340,6 @@ def _report(outcome: Outcome, display: Display, seconds: float) -> None:
         display.line(when, text)
     size = sum(path.stat().st_size for path in outcome.adapter.rglob("*") if path.is_file())
     display.line("adapter", f"{outcome.adapter} ({human_bytes(size)})")
-    display.line("proved", f"reloaded on a fresh base, logits differ by {outcome.round_trip_error:.1g}; {seconds:.0f} s in all")
+    display.line(
+        "proved", f"reloaded on a fresh base, logits differ by {outcome.round_trip_error:.1g}; {seconds:.0f} s in all"
+    )

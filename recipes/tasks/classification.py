@@ -6,10 +6,11 @@ One row: {"text": "Ad sales boost Time Warner profit", "label": "business"}
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from onegpu.adapters import DataError
 from sklearn.metrics import f1_score
 from torch import nn, tensor
 from torch.nn import functional as F
+
+from onegpu.adapters import DataError
 
 from .contract import Batch, Example, Labels, Objective, Reader, Row, RowProblem, Task, attention_mask, padded
 
@@ -32,7 +33,9 @@ class Classification(Task):
         """The classes of the rows, sorted: their order is the order of the head's outputs."""
         names = sorted({str(row["label"]) for row in rows})
         if len(names) < 2:
-            raise DataError(f"classification needs at least two classes, and every row says {names[0] if names else 'nothing'!r}")
+            raise DataError(
+                f"classification needs at least two classes, and every row says {names[0] if names else 'nothing'!r}"
+            )
         return names
 
     def encode(self, number: int, row: Row, reader: Reader) -> Example:
@@ -46,7 +49,9 @@ class Classification(Task):
         ids = reader.tokenizer(text, truncation=self.too_long == "truncate", max_length=limit)["input_ids"]
         if len(ids) > limit:
             if self.too_long == "error":
-                raise DataError(f"row {number} has {len(ids)} tokens and max_length is {limit}: raise it, or set `too_long`")
+                raise DataError(
+                    f"row {number} has {len(ids)} tokens and max_length is {limit}: raise it, or set `too_long`"
+                )
             raise RowProblem(f"{len(ids)} tokens, above {limit}")
         return Example(number, ids, [labels.index(label)])
 

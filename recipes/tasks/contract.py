@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from onegpu.adapters.base import Kind
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+from onegpu.adapters.base import Kind
 
 __all__ = ["Batch", "Example", "Labels", "Objective", "Reader", "Row", "RowProblem", "Task"]
 

@@ -25,9 +25,7 @@ UNKNOWN = Hardware("cuda", None, "a card that does not say")
         (T4, "fp32", torch.float32),
     ],
 )
-def test_compute_dtype_follows_the_capability(
-    hardware: Hardware, precision: Precision, expected: torch.dtype
-) -> None:
+def test_compute_dtype_follows_the_capability(hardware: Hardware, precision: Precision, expected: torch.dtype) -> None:
     assert compute_dtype(precision, hardware) is expected
 
 
@@ -49,7 +47,9 @@ def test_only_fp16_has_its_loss_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # or torch switches every scaler off
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     device = torch.device("cuda")
-    enabled = {dtype: grad_scaler(dtype, device).is_enabled() for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+    enabled = {
+        dtype: grad_scaler(dtype, device).is_enabled() for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    }
     assert enabled == {torch.float16: True, torch.bfloat16: False, torch.float32: False}
 
 

@@ -22,7 +22,9 @@ def test_the_same_base_has_the_same_fingerprint(fresh: Fresh) -> None:
     assert fingerprint(fresh("plain")) == fingerprint(fresh("plain"))
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
 def test_one_changed_value_is_noticed_and_its_tensor_named(fresh: Fresh, name: str) -> None:
     stored, model = fingerprint(fresh("plain")), fresh("plain")
     _perturb(model, name)

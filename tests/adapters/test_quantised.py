@@ -68,24 +68,52 @@ def _unpacked(fresh: Fresh, packed: nn.Module) -> PreTrainedModel:
 def test_dequantised_weights_are_those_of_bitsandbytes(
     fresh: Fresh, tiny: dict[str, Path], spec: Any, options: dict[str, Any]
 ) -> None:
-    ours = _packed(fresh("plain", spec))
+    """Its CPU kernel is right only where rows end with a block; the others are held against the definition below."""
+    ours = _packed(fresh("wide-heads", spec))
     theirs = AutoModelForCausalLM.from_pretrained(
-        tiny["plain"], quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32
+        tiny["wide-heads"], quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32
     )
-    assert len(ours) == 14
-    for path, layer in ours.items():
-        torch.testing.assert_close(
-            layer.packed.dequantise(torch.float32), _bitsandbytes_own(theirs.get_submodule(path)), atol=1e-7, rtol=0
-        )
+    comparable = {path: layer for path, layer in ours.items() if spec == "int8" or layer.in_features % 64 == 0}
+    assert len(comparable) == (14 if spec == "int8" else 4)
+    for path, layer in comparable.items():
+        expected = _bitsandbytes_own(theirs.get_submodule(path))
+        torch.testing.assert_close(layer.packed.dequantise(torch.float32), expected, atol=1e-7, rtol=0)
 
 
-@each_packing
-def test_packing_is_near_the_weight_and_not_equal_to_it(fresh: Fresh, spec: Any) -> None:
+def _by_definition(packed: nn.Module, block: int = 64, outer_block: int = 256) -> Tensor:
+    """Level of each code times the scale of its block of 64; with double quantisation scales are codes themselves."""
+    buffers = dict(packed.named_buffers())
+    scales = buffers["scales"]
+    if scales.dtype is torch.uint8:
+        outer = buffers["scale_scales"].repeat_interleave(outer_block)[: scales.numel()]
+        scales = buffers["scale_levels"][scales.long()] * outer + buffers["scale_offset"]
+    codes = torch.stack([buffers["values"] >> 4, buffers["values"] & 15], dim=-1).flatten()
+    return buffers["levels"][codes.long()] * scales.repeat_interleave(block)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [SPECS["nf4"], SPECS["nf4-single"], SPECS["fp4"]])
+def test_dequantised_weights_are_right_though_a_row_ends_within_a_block(
+    fresh: Fresh, spec: Any, dtype: torch.dtype
+) -> None:
+    """bitsandbytes 0.50 on a CPU takes wrong scales, some from beyond the tensor, for rows of 32 or 96 inputs."""
+    widths = set()
+    for layer in _packed(fresh("plain", spec)).values():
+        widths.add(layer.in_features)
+        expected = _by_definition(layer.packed).view(layer.packed.shape).to(dtype)
+        torch.testing.assert_close(layer.packed.dequantise(dtype), expected, atol=1e-7, rtol=0)
+    assert widths == {32, 64}
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"), [("int8", 0.01), ("nf4", 0.11), (SPECS["nf4-single"], 0.11), ("fp4", 0.14)]
+)
+def test_packing_is_as_near_to_the_weight_as_its_bits_allow(fresh: Fresh, spec: Any, error: float) -> None:
     floats = linears(fresh("plain"))
     for path, layer in _packed(fresh("plain", spec)).items():
-        weight = floats[path].get_parameter("weight")
-        error = (layer.packed.dequantise(torch.float32) - weight).norm() / weight.norm()
-        assert 1e-4 < error < 0.2
+        weight = floats[path].get_parameter("weight").detach()
+        found = (layer.packed.dequantise(torch.float32) - weight).norm() / weight.norm()
+        assert error / 3 < found < error
 
 
 @each_packing

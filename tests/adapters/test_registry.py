@@ -105,7 +105,9 @@ def test_a_listing_imports_no_plugin(declare: Declare, tmp_path: Path, monkeypat
 
 def test_an_unknown_name_is_answered_with_the_nearest(declare: Declare) -> None:
     declare(("toy", "m:Toy", "toys", "1"), ("other", "m:Other", "toys", "1"))
-    with pytest.raises(PluginError, match=r"no adapter is called 'tpy'; did you mean 'toy'\? \(valid: other, toy\)") as e:
+    with pytest.raises(
+        PluginError, match=r"no adapter is called 'tpy'; did you mean 'toy'\? \(valid: other, toy\)"
+    ) as e:
         find(ADAPTERS, "tpy")
     assert e.value.exit_code == 3
 

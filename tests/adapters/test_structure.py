@@ -36,7 +36,9 @@ LLAMA_LINEARS = [
 
 
 def _llama_classifier() -> PreTrainedModel:
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     return model
 
