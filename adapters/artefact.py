@@ -171,7 +171,8 @@ def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = Fa
     saved = read(folder)
     if not allow_base_mismatch:
         _check_base(saved, model)
-    stack = attach(model, [{_pick(r): r.config | {"name": r.name}} for r in _attachable(saved, model)])
+    specs = [{_pick(r): r.config | {"name": r.name}} for r in _attachable(saved, model)]
+    stack = attach(model, specs, fresh=False)
     try:
         _fill(stack, saved)
     except BaseException:

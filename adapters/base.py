@@ -86,25 +86,34 @@ def load_options(
     hardware: Hardware | None = None,
     revision: str | None = None,
 ) -> LoadOptions:
-    """What the stack makes of the loading options. Reads the configuration of the base, not its weights."""
+    """What the stack makes of the loading options, and whether it can work on this base at all.
+
+    Reads the configuration of the base, not its weights.
+
+    Raises:
+        RecipeError, TargetError, StackError, DeviceError: it cannot.
+    """
     hardware = hardware or detect()
     options = LoadOptions(dtype=compute_dtype(precision, hardware), device=hardware.device)
-    keep = _keep_unpacked(place, kind, revision)
+    skeleton = _skeleton(place, kind, revision)
+    output = output_embeddings(skeleton)
+    # A packed head could not be trained, and packed logits are coarse.
+    keep = (*head_modules(skeleton), *([output] if output else []))
     for named in stack:
+        named.adapter.check(skeleton)
         options = named.adapter.load_options(options, keep)
     return options
 
 
-def _keep_unpacked(place: str, kind: Kind, revision: str | None) -> tuple[str, ...]:
-    """Heads and output embeddings: a packed head could not be trained, and packed logits are coarse."""
+def _skeleton(place: str, kind: Kind, revision: str | None) -> PreTrainedModel:
+    """The model without weights."""
     try:
         config = AutoConfig.from_pretrained(place, revision=revision)
         with torch.device("meta"):
-            skeleton = AUTO[kind].from_config(config)
+            skeleton: PreTrainedModel = AUTO[kind].from_config(config)
     except (ValueError, KeyError, OSError) as cause:
         raise RecipeError(f"base {place!r} cannot be used as a {kind} model: {_first_line(cause)}") from cause
-    output = output_embeddings(skeleton)
-    return (*head_modules(skeleton), *([output] if output else []))
+    return skeleton
 
 
 def _refuse_random_backbone(model: nn.Module, missing: Sequence[str], written: str) -> None:

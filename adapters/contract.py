@@ -68,6 +68,7 @@ class Context:
     layers: Layers
     seed: int = 0
     tokenizer: Any = None
+    fresh: bool = True  # False when saved values follow: what it starts from does not matter then
 
 
 class Adapter(BaseModel, ABC):
@@ -84,6 +85,9 @@ class Adapter(BaseModel, ABC):
     def load_options(self, options: LoadOptions, keep: tuple[str, ...]) -> LoadOptions:
         """Change how weights are read. `keep`: modules that must stay as they are (heads, output embeddings)."""
         return options
+
+    def check(self, skeleton: nn.Module) -> None:
+        """Refuse what cannot work on this base, given the model without weights (on torch's meta device)."""
 
     def positions(self) -> int:
         """How many of the model's positions it occupies; the longest input shrinks by as many."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from .contract import Adapter, Attachment, Capabilities, Context, LoadOptions
 from .errors import StackError
+from .structure import head_modules
 
 __all__ = ["Full"]
 
@@ -26,7 +27,9 @@ class Full(Adapter):
         return replace(options, dtype=torch.float32, autocast=autocast)
 
     def attach(self, model: nn.Module, context: Context) -> "FullAttachment":
-        attachment = FullAttachment(context.name, self, model, dict(model.named_parameters()))
+        heads = tuple(f"{head}." for head in head_modules(model))  # the stack owns and saves these
+        body = {name: p for name, p in model.named_parameters() if not name.startswith(heads)}
+        attachment = FullAttachment(context.name, self, model, body)
         for parameter in attachment.parameters.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -56,6 +56,9 @@ class LoRA(Adapter):
         """What the update is multiplied by."""
         return self.effective_alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    def check(self, skeleton: nn.Module) -> None:
+        resolve(skeleton, self.targets)
+
     def attach(self, model: nn.Module, context: Context) -> "LoRAAttachment":
         generator = torch.Generator().manual_seed(context.seed)
         chosen = resolve(model, self.targets)

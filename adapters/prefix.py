@@ -56,6 +56,9 @@ class Prefix(Adapter):
     text: str | None = None
     """Whose keys and values to start from (cut or repeated to `length` tokens); random tokens when left out."""
 
+    def check(self, skeleton: nn.Module) -> None:
+        _refuse_unregistered(skeleton)
+
     def positions(self) -> int:
         return self.length
 
@@ -74,7 +77,7 @@ class Prefix(Adapter):
         return PrefixAttachment(context.name, self, model, {paths[module]: kv for module, kv in layers.items()})
 
     def _tokens(self, model: PreTrainedModel, context: Context, generator: torch.Generator) -> Tensor:  # (1, length)
-        if self.text is None:
+        if self.text is None or not context.fresh:
             vocabulary = int(model.config.get_text_config().vocab_size)
             return torch.randint(vocabulary, (1, self.length), generator=generator)
         if context.tokenizer is None:
@@ -210,18 +213,25 @@ _ORIGINAL: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()  # the atte
 
 def _choose_attention(model: PreTrainedModel) -> None:
     """Ours while a prefix is on, otherwise the model's own, so that without one the base is what it was to the bit."""
-    current = model.config._attn_implementation
-    original = _ORIGINAL.setdefault(model, current)
+    if model.config._attn_implementation != ATTENTION:
+        _ORIGINAL[model] = model.config._attn_implementation
     active = any(isinstance(module, KeyValues) and module.on for module in model.modules())
-    _set_attention(model, ATTENTION if active else original)
+    _set_attention(model, ATTENTION if active else _ORIGINAL[model])
 
 
 def _set_attention(model: PreTrainedModel, implementation: str) -> None:
-    if implementation in (ATTENTION, LISTENING) and not model._can_set_attn_implementation():
+    if implementation in (ATTENTION, LISTENING):
+        _refuse_unregistered(model)
+    model.set_attn_implementation(implementation)
+
+
+def _refuse_unregistered(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise StackError(f"a prefix needs a transformers model, not {type(model).__name__}")
+    if not model._can_set_attn_implementation():
         raise StackError(
             f"prefix cannot work on {model.config.model_type}: its attention is not in the public registry"
         )
-    model.set_attn_implementation(implementation)
 
 
 def _listen(model: PreTrainedModel, tokens: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
@@ -245,6 +255,8 @@ def _listen(model: PreTrainedModel, tokens: Tensor) -> list[tuple[nn.Module, Ten
             model(input_ids=tokens.to(model.device), **uncached)
         except ValueError as cause:  # sdpa refuses what it cannot do, such as soft-capped scores
             raise StackError(f"prefix cannot work on {model.config.model_type}: {cause}") from cause
+        finally:
+            AttentionInterface.register(LISTENING, sdpa_attention_forward)  # or it would keep the model in memory
     if not heard:
         raise StackError(f"prefix cannot work on {model.config.model_type}: it called no registered attention")
     return heard

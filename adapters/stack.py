@@ -164,7 +164,9 @@ class Stack:
 _ATTACHED: "WeakKeyDictionary[nn.Module, dict[int, tuple[frozenset[str], frozenset[int]]]]" = WeakKeyDictionary()
 
 
-def attach(model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, tokenizer: Any = None) -> Stack:
+def attach(
+    model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, tokenizer: Any = None, fresh: bool = True
+) -> Stack:
     """Freeze the base, free its heads, and attach adapters in order.
 
     Args:
@@ -172,6 +174,7 @@ def attach(model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, to
         specs: the stack; adapters of the loading stage are checked against the model, not applied.
         seed: of the adapters' random start.
         tokenizer: for adapters that start from text.
+        fresh: False when saved values follow, so that a text to start from is not needed.
 
     Raises:
         StackError: the stack cannot work, on this model, or a name is attached already.
@@ -185,7 +188,7 @@ def attach(model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, to
     for n in named:
         try:
             attachment = n.adapter.attach(
-                model, Context(name=n.name, layers=stack.layers, seed=seed, tokenizer=tokenizer)
+                model, Context(name=n.name, layers=stack.layers, seed=seed, tokenizer=tokenizer, fresh=fresh)
             )
         except BaseException:
             for done in reversed(stack.attachments):

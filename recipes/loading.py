@@ -1,7 +1,8 @@
 """Reads a recipe strictly: every fault at once, each with its line, its path and the nearest valid choice."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onegpu.adapters import OnegpuError, RecipeError, build
+from onegpu.adapters import OnegpuError, RecipeError, StackError, build, get
 from onegpu.adapters.errors import nearest
 from onegpu.adapters.stack import Named, check, split
 from onegpu.adapters.validation import Fault, Path as KeyPath, faults
@@ -34,6 +35,7 @@ class Loaded:
     task_name: str
     task: Task
     folder: Path  # what relative paths start from
+    places: Mapping[KeyPath, str] = field(default_factory=dict)  # of each key, as `file:line`
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every effective value written out; loading this again gives the same run."""
@@ -41,6 +43,16 @@ class Loaded:
         content["adapters"] = [{_written(n): n.adapter.model_dump()} for n in self.stack]
         content["task"] = {self.task_name: self.task.model_dump()}
         return content
+
+    @contextmanager
+    def place(self, *path: str | int) -> Iterator[None]:
+        """Put the place of a key in front of what is found wrong inside the block."""
+        try:
+            yield
+        except OnegpuError as error:
+            above = (path[:n] for n in range(len(path), 0, -1))
+            place = next((self.places[part] for part in above if part in self.places), self.name)
+            raise type(error)(f"{place}: {error}") from error
 
     def as_yaml(self) -> str:
         """`resolved` as a file."""
@@ -75,14 +87,17 @@ def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str]
     stack = _stack(document, found)
     task_name, task = _task(document, found)
     if found:
-        raise RecipeError("\n".join(document.explain(fault) for fault in _with_belonging(found, task)))
+        raise RecipeError("\n".join(document.explain(fault) for fault in _with_belonging(found, document.content)))
     assert recipe is not None
     assert task is not None
-    check(stack, has_head=task.has_head)
+    try:
+        check(stack, has_head=task.has_head)
+    except StackError as error:
+        raise StackError(document.explain(Fault(("adapters",), str(error)))) from None
     short = Path(name).stem if Path(name).suffix else name
     recipe = _with_whole_paths(recipe, ("base", "adapter"), folder)
     task = _with_whole_paths(task, ("data", "evaluation"), folder)
-    return Loaded(short, recipe, stack, task_name, task, folder)
+    return Loaded(short, recipe, stack, task_name, task, folder, document.places)
 
 
 def _with_whole_paths(model: Model, keys: Sequence[str], folder: Path) -> Model:
@@ -252,7 +267,10 @@ def _stack(document: _Document, found: list[Fault]) -> tuple[Named, ...]:
             found += [Fault(("adapters", index, *path), message) for path, message in inner]
         except OnegpuError as error:
             raise type(error)(document.explain(Fault(("adapters", index), str(error)))) from error
-    return tuple(named) if found else build(named)  # checks that names differ
+    try:
+        return tuple(named) if found else build(named)
+    except StackError as error:  # two of one name
+        raise StackError(document.explain(Fault(("adapters",), str(error)))) from None
 
 
 def _task(document: _Document, found: list[Fault]) -> tuple[str, Any]:
@@ -275,16 +293,22 @@ def _after_place(text: str) -> str:
     return text.partition(": ")[2] or text
 
 
-def _with_belonging(found: Sequence[Fault], task: Task | None) -> list[Fault]:
-    """Where an unknown key is a known one elsewhere, say where it belongs."""
-    homes: dict[str, str] = dict.fromkeys(Recipe.model_fields, "the top level")
-    homes |= dict.fromkeys(Train.model_fields, "`train`")
-    homes |= dict.fromkeys(Task.model_fields, "the task")
+def _with_belonging(found: Sequence[Fault], content: Mapping[str, Any]) -> list[Fault]:
+    """Where an unknown key is a known one elsewhere in this recipe, say where it belongs."""
+    homes = dict.fromkeys(Recipe.model_fields, "at the top level") | dict.fromkeys(Train.model_fields, "under `train`")
+    adapters = content.get("adapters")
+    plugins = [("adapters", spec, get) for spec in (adapters if isinstance(adapters, list) else [])]
+    for place, spec, find in (*plugins, ("task", content.get("task"), get_task)):
+        try:
+            name, _ = split(spec, place)
+            homes = dict.fromkeys(find(name).model_fields, f"under `{name}`") | homes
+        except OnegpuError:
+            continue  # that is a fault of its own
     told = []
     for fault in found:
         key = str(fault.path[-1]) if fault.path else ""
         if fault.message.startswith("unknown key") and key in homes:
-            fault = fault._replace(message=f"unknown key; {key!r} belongs under {homes[key]}")
+            fault = fault._replace(message=f"unknown key; {key!r} belongs {homes[key]}")
         told.append(fault)
     return told
 

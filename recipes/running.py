@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from onegpu.adapters import DataError, ProofFailed, RecipeError, artefact, attach, load, load_base
 from onegpu.adapters.base import footprint, load_options
 from onegpu.adapters.contract import LoadOptions
-from onegpu.adapters.device import Hardware, detect, grad_scaler
+from onegpu.adapters.device import Hardware, compute_dtype, detect, grad_scaler
 from onegpu.adapters.files import write_json
 from onegpu.adapters.fingerprint import fingerprint
 from onegpu.adapters.sources import Source, locate
@@ -96,23 +96,28 @@ def preflight(loaded: Loaded) -> Job:
         RecipeError, DataError: something in the recipe or its data is wrong.
         Unavailable: a package, a device or a precision is missing.
     """
-    recipe = loaded.recipe
-    source = locate(recipe.base, revision=recipe.revision, beside=loaded.folder)
-    if recipe.adapter is not None:
-        artefact.read(recipe.adapter)
+    recipe, task = loaded.recipe, ("task", loaded.task_name)
     hardware = detect()
-    split = split_rows(loaded)
-    place = source.materialise()
-    options = load_options(
-        place,
-        loaded.stack,
-        kind=loaded.task.kind,
-        precision=recipe.train.precision,
-        hardware=hardware,
-        revision=source.revision,
-    )
-    reader = make_reader(place, loaded, split.labels)
-    return Job(loaded, source, place, hardware, options, split, reader, encode(loaded.task, split, reader))
+    with loaded.place("train", "precision"):
+        compute_dtype(recipe.train.precision, hardware)
+    with loaded.place("base"):
+        source = locate(recipe.base, revision=recipe.revision, beside=loaded.folder)
+    if recipe.adapter is not None:
+        with loaded.place("adapter"):
+            artefact.read(recipe.adapter)
+    with loaded.place(*task, "data"):
+        split = split_rows(loaded)
+    with loaded.place("base"):
+        place = source.materialise()
+    with loaded.place("adapters"):
+        kind, precision = loaded.task.kind, recipe.train.precision
+        options = load_options(
+            place, loaded.stack, kind=kind, precision=precision, hardware=hardware, revision=source.revision
+        )
+    with loaded.place(*task):
+        reader = make_reader(place, loaded, split.labels)
+        dataset = encode(loaded.task, split, reader)
+    return Job(loaded, source, place, hardware, options, split, reader, dataset)
 
 
 def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
@@ -121,7 +126,8 @@ def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     except (OSError, ValueError) as cause:
-        raise RecipeError(f"base {loaded.recipe.base!r} has no tokenizer that can be read: {cause}") from cause
+        reason = str(cause).strip().splitlines()[0]
+        raise RecipeError(f"base {loaded.recipe.base!r} has no tokenizer that can be read: {reason}") from cause
     if task.kind == "causal-lm" and tokenizer.chat_template is None:
         raise RecipeError(
             f"base {loaded.recipe.base!r} has no chat template, so conversations cannot be rendered for it"

@@ -77,11 +77,12 @@ class Chat(Task):
             logits = model(**inputs, logits_to_keep=positions).logits  # (batch, kept, vocabulary)
         else:
             logits = model(**inputs).logits[:, positions]
-        targets = targets[:, positions]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        weight = float((targets != IGNORED).sum())
-        right = float(((logits.detach().argmax(-1) == targets) & (targets != IGNORED)).sum())
-        return Objective(loss, weight, {"right": right, "tokens": weight})
+        supervised = targets[:, positions] != IGNORED  # (batch, kept)
+        right = targets[:, positions][supervised]  # (supervised,)
+        predicted = logits[supervised].float()  # (supervised, vocabulary): only what carries loss is widened
+        hits = float((predicted.detach().argmax(-1) == right).sum())
+        weight = float(len(right))
+        return Objective(F.cross_entropy(predicted, right, reduction="sum"), weight, {"right": hits, "tokens": weight})
 
     def scores(self, counts: Mapping[str, float]) -> dict[str, float]:
         return {"token_accuracy": counts["right"] / counts["tokens"]}

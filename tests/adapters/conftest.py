@@ -1,6 +1,6 @@
 """What the tests of adapters share: fresh copies of tiny models, and how they are run and trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from transformers import (
 from onegpu.adapters import Stack, load_base
 
 CLASSIFIERS = {"bert", "roberta"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On matrices this small, threads wait for one another longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
