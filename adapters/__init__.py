@@ -18,6 +18,7 @@ from .errors import (
     ArtefactError,
     DataError,
     DeviceError,
+    Interrupted,
     InvalidInput,
     OnegpuError,
     PluginError,
@@ -34,12 +35,16 @@ if TYPE_CHECKING:
     from .base import load_base
     from .contract import Adapter, Attachment, Capabilities, Context, LoadOptions, Rate
     from .stack import Stack, attach, build, get, rates
+    from .structure import linear_shape
+    from .targets import resolve
 
 _HOME = {
     **dict.fromkeys(("load", "save"), "artefact"),
     **dict.fromkeys(("load_base",), "base"),
     **dict.fromkeys(("Adapter", "Attachment", "Capabilities", "Context", "LoadOptions", "Rate"), "contract"),
     **dict.fromkeys(("Stack", "attach", "build", "get", "rates"), "stack"),
+    **dict.fromkeys(("linear_shape",), "structure"),
+    **dict.fromkeys(("resolve",), "targets"),
 }
 
 __all__ = [
@@ -66,6 +71,8 @@ __all__ = [
     "Context",
     "LoadOptions",
     "Rate",
+    "linear_shape",
+    "resolve",
     # errors
     "OnegpuError",
     "InvalidInput",
@@ -78,6 +85,7 @@ __all__ = [
     "PluginError",
     "DeviceError",
     "ProofFailed",
+    "Interrupted",
 ]
 
 # Whoever imports bitsandbytes first (accelerate does) is asked for an optional CPU kernel that our forward never uses.

@@ -10,7 +10,8 @@
     ├── Unavailable (RuntimeError)         exit 3   something needed is missing here
     │   ├── PluginError (LookupError)               unknown, ambiguous, broken or outdated plugin
     │   └── DeviceError                             device, precision or memory
-    └── ProofFailed (AssertionError)       exit 4   a run that did not do what it claims
+    ├── ProofFailed (AssertionError)       exit 4   a run that did not do what it claims
+    └── Interrupted                        exit 130 the user stopped a run that can be resumed
 
 A message names the place and the valid choices; no traceback is needed to act on it.
 """
@@ -30,6 +31,7 @@ __all__ = [
     "PluginError",
     "DeviceError",
     "ProofFailed",
+    "Interrupted",
     "nearest",
 ]
 
@@ -93,6 +95,12 @@ class ProofFailed(OnegpuError, AssertionError):
     """The run did not do what it claims; what was written is kept aside and named."""
 
     exit_code = 4
+
+
+class Interrupted(OnegpuError):
+    """The user stopped a run that can be resumed."""
+
+    exit_code = 130
 
 
 def nearest(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:

@@ -1,5 +1,6 @@
 """Turns a GGUF file into a folder in transformers' format."""
 
+import struct
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, NotImplementedError) as cause:
+    except (ValueError, KeyError, NotImplementedError, OSError, struct.error) as cause:
         raise RecipeError(f"base {str(gguf)!r} cannot be read as GGUF: {cause}") from cause
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

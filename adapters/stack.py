@@ -122,6 +122,7 @@ class Stack:
     layers: Layers
     heads: dict[str, nn.Parameter] = field(default_factory=dict)
     _undo: list[Any] = field(default_factory=list)
+    _key: object = field(default_factory=object)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything the optimiser steps, by unique name: the adapters' tensors, then the heads'."""
@@ -157,11 +158,11 @@ class Stack:
             attachment.detach()
         for undo in reversed(self._undo):
             undo()
-        del _ATTACHED[self.model][id(self)]
+        del _ATTACHED[self.model][self._key]
 
 
 # Which names and which tensors are attached to a model, by stack. It must not refer to the model, or both would stay.
-_ATTACHED: "WeakKeyDictionary[nn.Module, dict[int, tuple[frozenset[str], frozenset[int]]]]" = WeakKeyDictionary()
+_ATTACHED: "WeakKeyDictionary[nn.Module, dict[object, tuple[frozenset[str], frozenset[int]]]]" = WeakKeyDictionary()
 
 
 def attach(
@@ -200,7 +201,7 @@ def attach(
             stack.attachments.append(attachment)
     _pass_gradients_through_checkpoints(stack)
     names = frozenset(n.name for n in named if n.adapter.capabilities.trains)
-    _ATTACHED.setdefault(model, {})[id(stack)] = (names, frozenset(map(id, stack.trainable().values())))
+    _ATTACHED.setdefault(model, {})[stack._key] = (names, frozenset(map(id, stack.trainable().values())))
     return stack
 
 

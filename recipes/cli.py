@@ -7,45 +7,38 @@ machine; 4 a proof failed; 130 interrupted, resumable.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+import click
 from onegpu.adapters import OnegpuError
 from onegpu.adapters.registry import ADAPTERS, TASKS, entries
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    help="Fine-tune large models on one GPU with adapters that anybody can publish.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a packaged recipe.")]
+RECIPE = click.argument("recipe", metavar="RECIPE")
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+CHECK = click.option("--check", is_flag=True, help="Import each one, and say which are broken.")
 
 
-@app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    _State.debug = debug
-
-
-class _State:
-    debug = False
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(package_name="onegpu")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def app(context: click.Context, debug: bool) -> None:
+    """Fine-tune large models on one GPU, with adapters that anybody can publish."""
 
 
 @app.command()
-def run(
-    recipe: RecipeName,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run; default runs/NAME.")] = None,
-    overrides: Override = [],  # noqa: B006  # typer copies it
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-) -> None:
-    """Check, train, prove and save."""
+@RECIPE
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; runs/NAME when left out.")
+@SET
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the folder.")
+def run(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: bool) -> None:
+    """Check, train, prove and save.
+
+    RECIPE is a file, or the name of a packaged recipe.
+    """
     from .loading import load_recipe
     from .running import run as run_recipe
 
@@ -56,23 +49,26 @@ def run(
 
 
 @app.command()
-def show(recipe: RecipeName, overrides: Override = [], as_json: AsJson = False) -> None:  # noqa: B006
+@RECIPE
+@SET
+@JSON
+def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every effective value written out."""
     from .loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    print(json.dumps(loaded.resolved(), indent=2) if as_json else loaded.as_yaml(), end="\n" if as_json else "")
+    print(json.dumps(loaded.resolved(), indent=2) if as_json else loaded.as_yaml().rstrip())
 
 
 @app.command()
-def chat(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or an adapter folder.")],
-    message: Annotated[
-        str | None, typer.Option("-m", "--message", help="Ask once instead of in a conversation.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-) -> None:
-    """Talk to a fine-tuned model."""
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("-m", "--message", help="Ask once, instead of in a conversation.")
+@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer, in tokens.")
+def chat(folder: Path, message: str | None, tokens: int) -> None:
+    """Talk to a fine-tuned model.
+
+    DIR is the folder of a run, or an adapter folder.
+    """
     from .chatting import open_chat
 
     talk = open_chat(folder, tokens)
@@ -92,33 +88,31 @@ def _ask(prompt: str) -> str:
 
 
 @app.command()
-def adapters(
-    name: Annotated[str | None, typer.Argument(help="Describe this one.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Import each one and say which are broken.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """List the installed adapters, or describe one."""
-    if name is not None:
+@click.argument("name", required=False)
+@CHECK
+@JSON
+def adapters(name: str | None, check: bool, as_json: bool) -> None:
+    """List the installed adapters, or describe NAME."""
+    if name is None:
+        _list(ADAPTERS, check, as_json)
+    else:
         from .describing import describe_adapter
 
         _print_described(describe_adapter(name), as_json)
-    else:
-        _list(ADAPTERS, check, as_json)
 
 
 @app.command()
-def tasks(
-    name: Annotated[str | None, typer.Argument(help="Describe this one.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Import each one and say which are broken.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """List the installed tasks, or describe one."""
-    if name is not None:
+@click.argument("name", required=False)
+@CHECK
+@JSON
+def tasks(name: str | None, check: bool, as_json: bool) -> None:
+    """List the installed tasks, or describe NAME."""
+    if name is None:
+        _list(TASKS, check, as_json)
+    else:
         from .describing import describe_task
 
         _print_described(describe_task(name), as_json)
-    else:
-        _list(TASKS, check, as_json)
 
 
 def _list(group: str, check: bool, as_json: bool) -> None:
@@ -155,7 +149,8 @@ def _print_described(described: dict[str, Any], as_json: bool) -> None:
 
 
 @app.command()
-def recipes(as_json: AsJson = False) -> None:
+@JSON
+def recipes(as_json: bool) -> None:
     """List the packaged recipes."""
     from .packaged import packaged_recipes
 
@@ -177,30 +172,34 @@ def schema() -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+@JSON
+def doctor(as_json: bool) -> None:
     """Say what is installed, and whether it works here."""
     from .doctor import examine
 
     findings = examine()
     if as_json:
-        print(json.dumps([f._asdict() for f in findings], indent=2))
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         for finding in findings:
             print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<14}{finding.detail}")
-    if not all(f.ok for f in findings):
-        raise typer.Exit(3)
+    if not all(finding.ok for finding in findings):
+        sys.exit(3)
 
 
 def main() -> None:
     """Run the command line; every expected error becomes one message and its exit code."""
     try:
-        app()
+        app(prog_name="onegpu", standalone_mode=False)
+    except click.ClickException as error:  # the arguments are wrong
+        error.show()
+        sys.exit(error.exit_code)
     except OnegpuError as error:
-        if _State.debug:
+        if "--debug" in sys.argv:
             raise
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "interrupted", 130)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
 
 
 def _fail(message: str, code: int) -> None:

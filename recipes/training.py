@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from onegpu.adapters import DeviceError, ProofFailed, Stack
+from onegpu.adapters import DeviceError, Interrupted, ProofFailed, Stack
 from onegpu.adapters.device import peak_memory
 from onegpu.adapters.fingerprint import Fingerprint
 
@@ -32,14 +31,7 @@ from .runfolder import RunFolder
 from .schema import Train
 from .tasks import Example, Objective, Task
 
-__all__ = ["Interrupted", "Session", "train"]
-
-
-class Interrupted(Exception):
-    """The user asked to stop; the run can be resumed from `step`."""
-
-    def __init__(self, step: int, checkpoint: Path) -> None:
-        super().__init__(f"interrupted after step {step}; {checkpoint.name} was written, go on with --resume")
+__all__ = ["Session", "train"]
 
 
 @dataclass
@@ -127,7 +119,7 @@ def train(s: Session) -> str:
             if asked or (_due(s.settings.checkpoint_every, s.step) and s.step < s.steps):
                 _checkpoint(s)
             if asked:
-                raise Interrupted(s.step, s.folder.checkpoint(s.step))
+                raise Interrupted(f"interrupted after step {s.step}; go on with --resume")
     _evaluate(s)
     frozen_base(s.stack, s.base)
     return proof.verdict()
