@@ -352,8 +352,9 @@ def _tensor_faults(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> li
 
 def _config_faults(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """A setting that PEFT would follow and we would not. Empty and false ones of other versions do no harm."""
-    changed = sorted(key for key in own.keys() | given.keys() if own.get(key) != given.get(key) and given.get(key))
-    return [f"{CONFIG} says {key}: {given[key]!r}, the manifest {own.get(key)!r}" for key in changed]
+    keys = sorted(own.keys() | {key for key, value in given.items() if value})
+    changed = [key for key in keys if own.get(key) != given.get(key)]
+    return [f"{CONFIG} says {key}: {given.get(key)!r}, the manifest {own.get(key)!r}" for key in changed]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

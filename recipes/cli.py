@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from onegpu.adapters import OnegpuError
 from onegpu.adapters.registry import ADAPTERS, TASKS, entries
 
@@ -182,7 +183,7 @@ def doctor(as_json: bool) -> None:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<14}{finding.detail}")
+            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<16}{finding.detail}")
     if not all(finding.ok for finding in findings):
         sys.exit(3)
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ DROPPED_SHARE = 0.05  # more unusable rows than that are a mistake, not noise
 
 @dataclass(frozen=True)
 class Split:
-    """Rows for training and for evaluation; no row is on both sides."""
+    """Rows for training and for evaluation, by their number in the data; no row is on both sides."""
 
-    train: Sequence[Row]
-    evaluation: Sequence[Row]
+    train: Mapping[int, Row]
+    evaluation: Mapping[int, Row]
     labels: Labels
     fingerprint: str
     written: str
@@ -73,16 +73,14 @@ def split_rows(loaded: Loaded) -> Split:
         RecipeError, DataError: see `read_rows`; or a side of the split is empty.
     """
     task, seed = loaded.task, loaded.recipe.train.seed
-    rows = _read(task.data, loaded, limit=task.limit)
-    if isinstance(task.evaluation, str):
-        held_out: Sequence[Row] = [] if task.evaluation == "none" else _read(task.evaluation, loaded).rows
-        known = {canonical(row) for row in held_out}
-        train: Sequence[Row] = [row for row in rows.rows if canonical(row) not in known]
-    else:
-        train, held_out = _by_share(rows, task.evaluation, seed)
-    if not train:
-        raise DataError(f"data {task.data!r}: no row is left to train on")
-    return Split(train, held_out, task.labels(train), rows.fingerprint, task.data)
+    with loaded.place("task", loaded.task_name, "data"):
+        rows = _read(task.data, loaded, limit=task.limit)
+    with loaded.place("task", loaded.task_name, "evaluation"):
+        train, held_out = _sides(rows, loaded, seed)
+    with loaded.place("task", loaded.task_name, "data"):
+        if not train:
+            raise DataError(f"data {task.data!r}: no row is left to train on")
+        return Split(train, held_out, task.labels(list(train.values())), rows.fingerprint, task.data)
 
 
 def _read(written: str, loaded: Loaded, limit: int | None = None) -> Rows:
@@ -90,15 +88,25 @@ def _read(written: str, loaded: Loaded, limit: int | None = None) -> Rows:
     return read_rows(written, folder=loaded.folder, needs=task.needs, columns=task.columns, limit=limit)
 
 
-def _by_share(rows: Rows, share: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
+def _sides(rows: Rows, loaded: Loaded, seed: int) -> tuple[dict[int, Row], dict[int, Row]]:
+    evaluation = loaded.task.evaluation
+    if not isinstance(evaluation, str):
+        return _by_share(rows, evaluation, seed)
+    held_out = [] if evaluation == "none" else _read(evaluation, loaded).rows
+    known = set(map(canonical, held_out))
+    train = {number: row for number, row in enumerate(rows.rows) if canonical(row) not in known}
+    return train, dict(enumerate(held_out))
+
+
+def _by_share(rows: Rows, share: float, seed: int) -> tuple[dict[int, Row], dict[int, Row]]:
     if not 0 < share < 1:
         raise RecipeError(f"evaluation: a share lies between 0 and 1, not {share}; or name a file, or `none`")
-    unique = list(dict.fromkeys(map(canonical, rows.rows)))
+    first = {canonical(row): number for number, row in reversed(list(enumerate(rows.rows)))}
+    unique = sorted(first, key=first.__getitem__)
     random.Random(seed).shuffle(unique)
     held_out = set(unique[: max(1, round(share * len(unique)))])
-    train = [row for row in rows.rows if canonical(row) not in held_out]
-    evaluation = {canonical(row): row for row in rows.rows if canonical(row) in held_out}
-    return train, list(evaluation.values())
+    train = {number: row for number, row in enumerate(rows.rows) if canonical(row) not in held_out}
+    return train, {number: rows.rows[number] for number in sorted(first[row] for row in held_out)}
 
 
 def encode(task: Task, split: Split, reader: Reader) -> Dataset:
@@ -117,8 +125,8 @@ def encode(task: Task, split: Split, reader: Reader) -> Dataset:
     return Dataset(train, evaluation, dropped)
 
 
-def _encoded(task: Task, rows: Sequence[Row], reader: Reader, dropped: dict[str, list[int]]) -> Iterator[Example]:
-    for number, row in enumerate(rows):
+def _encoded(task: Task, rows: Mapping[int, Row], reader: Reader, dropped: dict[str, list[int]]) -> Iterator[Example]:
+    for number, row in rows.items():
         try:
             yield task.encode(number, row, reader)
         except RowProblem as problem:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from onegpu.adapters import ADAPTERS, TASKS, DeviceError, entries, load_base
 from onegpu.adapters.device import compute_dtype, detect
 from onegpu.adapters.files import cache_folder
+from onegpu.adapters.quiet import quietly
 
 from .describing import breakage
 from .display import human_bytes
@@ -84,7 +85,8 @@ def _precision() -> str:
 def _packing() -> str:
     """Pack a tiny model in each way and run it."""
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(TINY).save_pretrained(folder)
+        with quietly():
+            LlamaForCausalLM(TINY).save_pretrained(folder)
         for name in ("int8", "nf4", "fp4"):
             logits = load_base(folder, [name], precision="fp32")(torch.tensor([[1, 2]]).to(detect().device)).logits
             assert torch.isfinite(logits).all(), f"{name} gives logits that are not finite"

@@ -69,7 +69,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
     """
     path = Path(name)
     if path.is_file():
-        return parse_recipe(path.read_text("utf-8"), name=name, folder=path.resolve().parent, overrides=overrides)
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as cause:
+            raise RecipeError(f"{name} is not UTF-8: {cause}") from None
+        return parse_recipe(text, name=name, folder=path.resolve().parent, overrides=overrides)
     known = {p.name: p for p in packaged_recipes()}
     if name not in known:
         kind = "no such file" if path.suffix or "/" in name else "no such recipe"
@@ -137,19 +141,19 @@ _Loader.add_implicit_resolver(
 
 
 def _read_yaml(text: str, name: str) -> _Document:
-    loader = _Loader(text)
+    document = _Document(name, {})
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
-        document = _Document(name, {})
         content = _construct(loader, root, (), document) if root is not None else {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{line}: not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not YAML: {error}") from None
-    finally:
-        loader.dispose()
+        raise RecipeError(f"{name}: not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: not a recipe: an alias contains itself") from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"{name}: a recipe is a set of keys (base, adapters, task, train), not {type(content).__name__}"
@@ -195,7 +199,9 @@ def _apply(document: _Document, override: str) -> None:
     if not equals or not keys:
         raise RecipeError(f"--set {override}: write key.path=value")
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = None if node is None else _construct(loader, node, (), _Document(f"--set {override}", {}))
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from None
     path: list[str | int] = []
@@ -219,11 +225,8 @@ def _descend(current: Any, part: str, override: str) -> tuple[Any, list[str | in
     """The container that `part` names inside `current`, made where it is missing, and its path."""
     if isinstance(current, list):
         index = _index(current, part, override)
-        if isinstance(current[index], str):
-            current[index] = {current[index]: {}}
-        ((name, settings),) = current[index].items()
-        if settings is None:
-            settings = current[index][name] = {}
+        name, settings = split(current[index], f"--set {override}: {part!r}")
+        current[index] = {name: settings}
         return settings, [index, name]
     if current.get(part) is None:
         current[part] = {}

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from onegpu.adapters import DataError, RecipeError
 from .samples import sample_rows
 
 __all__ = ["Rows", "read_rows"]
+
+LONGEST_FIELD = 2**31 - 1  # characters; Python's own limit of 131,072 is less than some articles have
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _read(written: str, folder: Path) -> list[dict[str, Any]]:
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also cut at U+2028 within a string
         if not line.strip():
             continue
         try:
@@ -101,7 +104,8 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.DictReader(io.StringIO(_text(path)))
     rows = []
     for row in reader:
         if None in row or None in row.values():

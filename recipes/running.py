@@ -4,7 +4,7 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
 from .proofs import Probe, round_trip
 from .runfolder import RunFolder
-from .tasks import Labels, Reader, Row
+from .tasks import Labels, Reader
 from .training import Session, train
 
 __all__ = ["Job", "Outcome", "make_reader", "preflight", "run"]
@@ -105,8 +105,7 @@ def preflight(loaded: Loaded) -> Job:
     if recipe.adapter is not None:
         with loaded.place("adapter"):
             artefact.read(recipe.adapter)
-    with loaded.place(*task, "data"):
-        split = split_rows(loaded)
+    split = split_rows(loaded)
     with loaded.place("base"):
         place = source.materialise()
     with loaded.place("adapters"):
@@ -302,8 +301,8 @@ def _prove(job: Job, folder: Path, probe: Probe) -> float:
 
 
 def _demonstrator(job: Job) -> Callable[[Any], tuple[str, str] | None]:
-    """Shows the model's answer to the first held-out row, where the task has answers."""
-    rows: Sequence[Row] = job.split.evaluation[:1]
+    """Shows the model's answer to the first usable row that is held out, where the task has answers."""
+    rows = [job.split.evaluation[example.row] for example in job.dataset.evaluation[:1]]
     return lambda model: job.loaded.task.demonstrate(model, job.reader, rows[0]) if rows else None
 
 

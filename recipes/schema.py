@@ -64,7 +64,7 @@ class Train(_Strict):
     checkpoint_every: Count | None = 50
     """Optimiser steps between checkpoints to resume from; null for none."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random: start of the adapter, order of the rows, dropout, split."""
 
     @model_validator(mode="after")

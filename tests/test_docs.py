@@ -1,0 +1,93 @@
+"""The code in the documentation runs."""
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from onegpu.adapters import attach, load, registry, save
+from onegpu.recipes import Train
+
+ROOT = Path(__file__).parent.parent
+
+
+def code_block(document: str, before: str) -> str:
+    """The first Python block of a document after some text."""
+    text = (ROOT / document).read_text("utf-8").partition(before)[2]
+    match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert match, f"{document} has no Python block after {before!r}"
+    return match.group(1)
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The adapter of the README as an installed plugin called `gain`."""
+    module = ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", module)
+    exec(code_block("README.md", "<!-- an adapter -->"), module.__dict__)
+    real = importlib.metadata.entry_points
+    point = EntryPoint("gain", "my_package:Gain", "onegpu.adapters")
+
+    def with_gain(**which: Any) -> Any:
+        found = real(**which)
+        return [*found, point] if which.get("group") == "onegpu.adapters" else found
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", with_gain)
+    registry.entry_of.cache_clear()
+    yield module
+    registry.entry_of.cache_clear()
+
+
+def test_the_adapter_in_the_readme_trains_saves_and_loads(
+    published: ModuleType,
+    llama: PreTrainedModel,
+    ids: torch.Tensor,
+    noise: Callable[[Any], None],
+    tmp_path: Path,
+) -> None:
+    before = llama(ids).logits
+    stack = attach(llama, [{"gain": {"targets": ["down_proj", "o_proj"]}}, {"layerwise-lr": {"decay": 0.5}}])
+    assert torch.equal(llama(ids).logits, before)
+    llama(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in stack.trainable().values())
+    assert sorted({rate.multiplier for rate in stack.rates().values()}) == [0.25, 0.5]
+    noise(stack.trainable())
+    trained = llama(ids).logits
+    save(stack, tmp_path / "adapter")
+    stack.detach()
+    assert torch.equal(llama(ids).logits, before)
+    load(llama, tmp_path / "adapter")
+    assert torch.equal(llama(ids).logits, trained)
+
+
+def test_the_loop_in_the_python_page_runs(saved_models: dict[str, Path], tmp_path: Path) -> None:
+    code = code_block("docs/python.md", "# Without recipes")
+    code = code.replace('"BASE"', repr(str(saved_models["plain"]))).replace(
+        '"ADAPTER"', repr(str(tmp_path / "adapter"))
+    )
+    exec(code, {})
+    assert (tmp_path / "adapter" / "manifest.json").is_file()
+
+
+def test_the_settings_page_names_every_setting_of_train_and_its_default() -> None:
+    section = (ROOT / "docs" / "recipes.md").read_text("utf-8").partition("## train")[2]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+    shown = {name: row[2].strip() for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert shown.keys() == Train.model_fields.keys()
+    for name, field in Train.model_fields.items():
+        if name not in ("steps", "epochs"):  # their default is a sentence
+            assert shown[name] == _as_yaml(field.default), name
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return {2e-4: "2e-4", 0.0: "0"}.get(value, str(value)) if isinstance(value, float) else str(value)
