@@ -11,6 +11,7 @@ everything else is JSON: nothing is ever unpickled, and nothing in a folder can 
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -107,7 +108,7 @@ def save(
 
     Args:
         source, revision: how the base was named; its own name when left out.
-        base: the base's fingerprint from before training, for a stack that trains the base itself.
+        base: the base's fingerprint, where it is known already; it is taken now when left out.
         run: facts of the run for the manifest; anything JSON.
 
     Raises:
@@ -116,7 +117,7 @@ def save(
     _refuse_unsaved(stack)
     files = _tensor_files(stack)
     source = source or getattr(getattr(stack.model, "config", None), "_name_or_path", None) or None
-    manifest = _manifest(stack, files, source, revision, base, run or {})
+    manifest = _manifest(stack, files, source, revision, base or stack.base, run or {})
     with atomic_folder(Path(folder)) as partial:
         for name, (tensors, attachment) in files.items():
             place = partial / name
@@ -278,13 +279,19 @@ def _config(stack: Stack, attachment: Attachment | None, source: str | None) -> 
 def _check_base(saved: Saved, model: nn.Module) -> None:
     base = saved.manifest.base
     faults, skipped = differences(base.fingerprint, model)
-    if not faults and skipped and len(skipped) == len({n.partition("#")[0] for n in base.fingerprint.tensors}):
+    if not faults and len(skipped) == len({name.partition("#")[0] for name in base.fingerprint.tensors}):
         faults = ["no tensor of it could be compared"]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise ArtefactError(
             f"{saved.folder} was trained on {base.source or base.model_class}, and this model is another: "
             f"{'; '.join(faults[:3])}{more}. Pass allow_base_mismatch=True to go on all the same"
+        )
+    if skipped:
+        warnings.warn(
+            f"{saved.folder} was trained on a base packed as {base.packed_as}, and this one is {packed_as(model)}: "
+            f"{len(skipped)} packed linears could not be compared, and results will differ a little",
+            stacklevel=3,
         )
 
 

@@ -96,6 +96,7 @@ def load_options(
     hardware = hardware or detect()
     options = LoadOptions(dtype=compute_dtype(precision, hardware), device=hardware.device)
     skeleton = _skeleton(place, kind, revision)
+    _refuse_foreign_packing(skeleton, place, stack)
     output = output_embeddings(skeleton)
     # A packed head could not be trained, and packed logits are coarse.
     keep = (*head_modules(skeleton), *([output] if output else []))
@@ -114,6 +115,18 @@ def _skeleton(place: str, kind: Kind, revision: str | None) -> PreTrainedModel:
     except (ValueError, KeyError, OSError) as cause:
         raise RecipeError(f"base {place!r} cannot be used as a {kind} model: {_first_line(cause)}") from cause
     return skeleton
+
+
+def _refuse_foreign_packing(skeleton: PreTrainedModel, place: str, stack: Sequence[Named]) -> None:
+    """A checkpoint that is packed on disk would otherwise run through its packer's own layers."""
+    packing = getattr(skeleton.config, "quantization_config", None)
+    if packing is None:
+        return
+    method = packing.get("quant_method") if isinstance(packing, dict) else packing.quant_method
+    if str(getattr(method, "value", method)) != "bitsandbytes":
+        raise RecipeError(f"base {place!r} is packed by {method!r}, which is not supported: take the unpacked model")
+    if not any(n.adapter.capabilities.quantises for n in stack):
+        raise RecipeError(f"base {place!r} is packed by bitsandbytes on disk: add its adapter (nf4, fp4 or int8)")
 
 
 def _refuse_random_backbone(model: nn.Module, missing: Sequence[str], written: str) -> None:

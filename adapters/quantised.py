@@ -7,7 +7,7 @@ Heads and output embeddings stay as they are, and so does every tensor that is n
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from .contract import Adapter, Capabilities, LoadOptions
-from .errors import DeviceError
+from .errors import DeviceError, RecipeError
 from .frozen_linear import FrozenLinear, PackedWeight
 from .structure import swap
 
@@ -28,6 +28,7 @@ class _Quantiser(Adapter):
     """What the three have in common: load options, and adopting the packed layers afterwards."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(trains=False, identity_at_start=False, quantises=True)
+    kind: ClassVar[str]  # of the packed weights
 
     @abstractmethod
     def _config(self, keep: list[str]) -> BitsAndBytesConfig:
@@ -46,13 +47,12 @@ class _Quantiser(Adapter):
     def _adopt_all(self, model: nn.Module) -> None:
         """Put our frozen linear in the place of every layer that bitsandbytes packed."""
         adopted = {layer: packed for layer in model.modules() if (packed := self._adopt(layer)) is not None}
-        swap(
-            model,
-            {
-                layer: FrozenLinear(packed, dict(layer.named_parameters()).get("bias"))
-                for layer, packed in adopted.items()
-            },
-        )
+        kinds = {packed.kind for packed in adopted.values()}
+        if kinds != {self.kind}:
+            found = f"is packed as {', '.join(kinds)} already" if kinds else "has no linear that was packed so"
+            raise RecipeError(f"{self.kind} cannot be had: the base {found}")
+        biases = {layer: dict(layer.named_parameters()).get("bias") for layer in adopted}
+        swap(model, {layer: FrozenLinear(packed, biases[layer]) for layer, packed in adopted.items()})
 
 
 class Int8(_Quantiser):
@@ -64,6 +64,7 @@ class Int8(_Quantiser):
     """
 
     api = 1
+    kind = "int8"
 
     def _config(self, keep: list[str]) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
@@ -73,7 +74,7 @@ class Int8(_Quantiser):
 
 
 class _FourBit(_Quantiser):
-    code: ClassVar[Literal["nf4", "fp4"]]
+    """What the two code books have in common."""
 
     double_quantisation: bool = True
     """Round the scale of each block of 64 weights to 8 bits too; saves 0.37 bits a weight."""
@@ -81,7 +82,7 @@ class _FourBit(_Quantiser):
     def _config(self, keep: list[str]) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=self.code,
+            bnb_4bit_quant_type=self.kind,
             bnb_4bit_use_double_quant=self.double_quantisation,
             llm_int8_skip_modules=keep,
         )
@@ -97,7 +98,7 @@ class NF4(_FourBit):
     """
 
     api = 1
-    code = "nf4"
+    kind = "nf4"
 
 
 class FP4(_FourBit):
@@ -107,7 +108,7 @@ class FP4(_FourBit):
     """
 
     api = 1
-    code = "fp4"
+    kind = "fp4"
 
 
 class RowsInt8(PackedWeight):
@@ -153,8 +154,8 @@ class Blocks4Bit(PackedWeight):
             self.register_buffer("scale_offset", state.offset)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        # Blocks run on from row to row. Where a row ends within one, the CPU kernel of 0.50 takes wrong scales, some from
-        # beyond the tensor, unless it is given the weight as one row.
+        # Blocks run on from row to row. Where a row ends within one, the CPU kernel of 0.50 takes wrong scales, some
+        # from beyond the tensor, unless it is given the weight as one row.
         outputs, inputs = self.shape
         state = QuantState(
             absmax=self.scales,

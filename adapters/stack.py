@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from . import registry
 from .contract import Adapter, Attachment, Context, Rate
 from .errors import RecipeError, StackError
+from .fingerprint import Fingerprint, fingerprint
 from .frozen_linear import FrozenLinear
 from .registry import ADAPTERS, Entry
 from .structure import Layers, head_modules
@@ -121,6 +122,7 @@ class Stack:
     attachments: list[Attachment]
     layers: Layers
     heads: dict[str, nn.Parameter] = field(default_factory=dict)
+    base: Fingerprint | None = None  # of the base as it was, where an adapter trains the base itself
     _undo: list[Any] = field(default_factory=list)
     _key: object = field(default_factory=object)
 
@@ -185,6 +187,8 @@ def attach(
     check(named, has_head=bool(head_modules(model)))
     _check_model(model, named)
     stack = Stack(model, named, [], Layers.of(model))
+    if not all(n.adapter.capabilities.base_frozen for n in named):
+        stack.base = fingerprint(model)
     _free_heads_only(stack)
     for n in named:
         try:

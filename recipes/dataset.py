@@ -72,11 +72,11 @@ def split_rows(loaded: Loaded) -> Split:
     Raises:
         RecipeError, DataError: see `read_rows`; or a side of the split is empty.
     """
-    task, seed = loaded.task, loaded.recipe.train.seed
+    task = loaded.task
     with loaded.place("task", loaded.task_name, "data"):
         rows = _read(task.data, loaded, limit=task.limit)
     with loaded.place("task", loaded.task_name, "evaluation"):
-        train, held_out = _sides(rows, loaded, seed)
+        train, held_out = _sides(rows, loaded)
     with loaded.place("task", loaded.task_name, "data"):
         if not train:
             raise DataError(f"data {task.data!r}: no row is left to train on")
@@ -88,13 +88,13 @@ def _read(written: str, loaded: Loaded, limit: int | None = None) -> Rows:
     return read_rows(written, folder=loaded.folder, needs=task.needs, columns=task.columns, limit=limit)
 
 
-def _sides(rows: Rows, loaded: Loaded, seed: int) -> tuple[dict[int, Row], dict[int, Row]]:
+def _sides(rows: Rows, loaded: Loaded) -> tuple[dict[int, Row], dict[int, Row]]:
     evaluation = loaded.task.evaluation
     if not isinstance(evaluation, str):
-        return _by_share(rows, evaluation, seed)
+        return _by_share(rows, evaluation, loaded.recipe.train.seed)
     held_out = [] if evaluation == "none" else _read(evaluation, loaded).rows
     known = set(map(canonical, held_out))
-    train = {number: row for number, row in enumerate(rows.rows) if canonical(row) not in known}
+    train: dict[int, Row] = {n: row for n, row in enumerate(rows.rows) if canonical(row) not in known}
     return train, dict(enumerate(held_out))
 
 
@@ -105,7 +105,7 @@ def _by_share(rows: Rows, share: float, seed: int) -> tuple[dict[int, Row], dict
     unique = sorted(first, key=first.__getitem__)
     random.Random(seed).shuffle(unique)
     held_out = set(unique[: max(1, round(share * len(unique)))])
-    train = {number: row for number, row in enumerate(rows.rows) if canonical(row) not in held_out}
+    train: dict[int, Row] = {n: row for n, row in enumerate(rows.rows) if canonical(row) not in held_out}
     return train, {number: rows.rows[number] for number in sorted(first[row] for row in held_out)}
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, set_seed
 
-from onegpu.adapters import DataError, ProofFailed, RecipeError, artefact, attach, load, load_base
+from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, artefact, attach, load, load_base
 from onegpu.adapters.base import footprint, load_options
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect, grad_scaler
@@ -292,7 +292,7 @@ def _prove(job: Job, folder: Path, probe: Probe) -> float:
     try:
         load(fresh, folder)
         error = round_trip(probe, fresh)
-    except (ProofFailed, DataError, ValueError) as cause:
+    except OnegpuError as cause:
         raise ProofFailed(f"{cause} (kept aside as {folder})") from cause
     manifest = artefact.read(folder).manifest
     proved = manifest.model_copy(update={"run": manifest.run | {"probe": probe.summary(error)}})

@@ -4,7 +4,9 @@ The gradient of a step is that of (sum of all losses in the window) / (weight of
 micro-batches or processes, and also in the short window at the end of an epoch.
 """
 
+import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +92,7 @@ def train(s: Session) -> str:
                 attachment.after_backward(s.step)
             norm = _clip(s, trainable)
             rates = [float(rate) for rate in s.schedule.get_last_lr()]
-            proof.before_step(max(rates))
+            proof.before_step(max(rates) if math.isfinite(norm) else 0.0)  # fp16 passes over a step that overflowed
             s.scaler.step(s.optimizer)
             s.scaler.update()
             proof.after_step()
@@ -105,7 +107,7 @@ def train(s: Session) -> str:
                 "loss": loss,
                 "learning_rate": max(rates),
                 "learning_rates": rates,
-                "grad_norm": norm,
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "tokens": sum(len(example.ids) for example in window),
                 "supervised_tokens": weight,
                 "seconds": time.perf_counter() - began,
@@ -216,6 +218,9 @@ def _asked_to_stop() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         asked.append(number)
 
+    if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
+        yield asked
+        return
     before = signal.signal(signal.SIGINT, ask)
     try:
         yield asked
