@@ -45,7 +45,7 @@ def tiny(saved_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=64,
-            num_labels=3,
+            id2label=dict(enumerate("abc")),
         )
     ).save_pretrained(root / "roberta")
     return saved_models | {path.name: path for path in root.iterdir()}

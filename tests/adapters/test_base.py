@@ -1,3 +1,5 @@
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, T5Config
 
 from onegpu.adapters import DeviceError, PluginError, RecipeError, StackError, TargetError, attach, load_base
 from onegpu.adapters.base import footprint, load_options
@@ -37,9 +39,7 @@ def _rewritten(folder: Path, target: Path, change: Callable[[dict[str, Tensor]],
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)]
 )
-def test_a_base_is_read_in_the_precision_asked_for(
-    tiny: dict[str, Path], precision: Any, dtype: torch.dtype
-) -> None:
+def test_a_base_is_read_in_the_precision_asked_for(tiny: dict[str, Path], precision: Any, dtype: torch.dtype) -> None:
     model = load_base(str(tiny["plain"]), precision=precision, hardware=Hardware("cpu"))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert not model.training
@@ -90,6 +90,7 @@ def test_a_fresh_head_depends_on_the_seed_alone(fresh: Fresh, adapters: list[str
         return model.get_parameter("score.weight").detach()
 
     first = head(1)
+    torch.manual_seed(99)
     state = torch.get_rng_state()
     assert torch.equal(head(1), first)
     assert torch.equal(torch.get_rng_state(), state)  # loading takes no random number from the program
@@ -138,6 +139,45 @@ def test_a_prefix_is_refused_before_weights_where_it_cannot_work(tmp_path: Path)
         load_base(str(tmp_path), ["prefix"], kind="sequence-classification")
 
 
+@pytest.fixture
+def packed_on_disk(tiny: dict[str, Path], tmp_path: Path) -> str:
+    """A checkpoint as `save_pretrained` writes it after bitsandbytes packed it."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(
+        tiny["plain"], quantization_config=config, dtype=torch.float32
+    ).save_pretrained(tmp_path / "packed")
+    return str(tmp_path / "packed")
+
+
+def test_a_checkpoint_packed_on_disk_runs_through_our_linears(fresh: Fresh, run: Run, packed_on_disk: str) -> None:
+    model = load_base(packed_on_disk, ["nf4"], precision="fp32")
+    assert not [m for m in model.modules() if type(m).__module__.startswith("bitsandbytes")]
+    assert torch.equal(run(model), run(fresh("plain", "nf4")))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ([], r"is packed by bitsandbytes on disk: add its adapter \(nf4, fp4 or int8\)"),
+        (["lora"], "is packed by bitsandbytes on disk"),
+        (["fp4"], "fp4 cannot be had: the base is packed as nf4 already"),
+    ],
+)
+def test_a_checkpoint_packed_on_disk_needs_its_own_adapter(
+    packed_on_disk: str, adapters: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_base(packed_on_disk, adapters)
+
+
+def test_a_checkpoint_of_another_packer_is_refused(tiny: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((tiny["plain"] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="is packed by 'gptq', which is not supported"):
+        load_base(str(tmp_path), ["nf4"])
+
+
 def test_loading_options_are_changed_in_the_order_of_the_stack(tiny: dict[str, Path]) -> None:
     options = load_options(str(tiny["plain"]), build(["nf4", "lora"]), kind="causal-lm", precision="bf16")
     assert options.dtype is torch.bfloat16
@@ -146,13 +186,11 @@ def test_loading_options_are_changed_in_the_order_of_the_stack(tiny: dict[str, P
     assert load_options(str(tiny["plain"]), build(["lora"]), kind="causal-lm", precision="fp32").after_load == ()
 
 
-def test_loading_is_quiet_and_leaves_the_log_level_as_it_was(
-    fresh: Fresh, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_is_quiet_and_leaves_the_log_level_as_it_was(fresh: Fresh, capfd: pytest.CaptureFixture[str]) -> None:
     transformers.logging.set_verbosity_warning()
     fresh("plain", "nf4", kind="sequence-classification", labels=["a", "b"])
     assert capfd.readouterr() == ("", "")
-    assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+    assert transformers.logging.get_verbosity() == logging.WARNING
     assert transformers.logging.is_progress_bar_enabled()
 
 
@@ -208,10 +246,12 @@ def test_a_real_gguf_file_becomes_a_model_that_can_be_asked_and_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
-    model = load_base(SMOLLM, precision="bf16")
+    model: Any = load_base(SMOLLM, precision="bf16")
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs: Any = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
     model.save_pretrained(tmp_path / "copy")

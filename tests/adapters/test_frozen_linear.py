@@ -18,8 +18,10 @@ class Halves(PackedWeight):
         self.register_buffer("values", values)
         self.register_buffer("scale", torch.tensor(0.123456789))
         self.shape = (values.shape[0], values.shape[1])
+        self.asked: list[torch.dtype] = []
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
+        self.asked.append(dtype)
         return (self.get_buffer("values") * self.get_buffer("scale")).to(dtype)
 
 
@@ -74,6 +76,8 @@ def test_under_autocast_it_computes_in_the_lower_dtype(linear: FrozenLinear) -> 
     y.float().sum().backward()
     assert x.grad is not None
     assert x.grad.dtype is torch.float32
+    assert isinstance(linear.packed, Halves)
+    assert linear.packed.asked == [torch.bfloat16] * 2  # never a float32 copy of the weight
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

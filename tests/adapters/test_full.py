@@ -38,9 +38,7 @@ def test_a_fresh_one_leaves_the_outputs_as_they_are(fresh: Fresh, run: Callable[
     assert torch.equal(run(model), before)
 
 
-@pytest.mark.parametrize(
-    ("precision", "autocast"), [("fp32", None), ("bf16", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("precision", "autocast"), [("fp32", None), ("bf16", torch.bfloat16)])
 def test_weights_are_read_in_float32_and_computed_with_in_the_precision(
     tiny: dict[str, str], precision: Precision, autocast: torch.dtype | None
 ) -> None:

@@ -45,9 +45,7 @@ def _multipliers(model: PreTrainedModel, stack: Sequence[Any]) -> dict[str, floa
         ),
     ],
 )
-def test_rates_decay_from_the_head_down_to_the_embeddings(
-    fresh: Fresh, name: str, expected: dict[str, float]
-) -> None:
+def test_rates_decay_from_the_head_down_to_the_embeddings(fresh: Fresh, name: str, expected: dict[str, float]) -> None:
     model = fresh(name)
     found = _multipliers(model, ["full", HALF])
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -92,7 +90,9 @@ def test_an_override_replaces_the_layers_own_rate(fresh: Fresh) -> None:
 
 def test_an_override_that_matches_nothing_is_an_error_with_a_suggestion(fresh: Fresh) -> None:
     override = {"layerwise-lr": {"overrides": {"classifier.weigth": 2.0}}}
-    with pytest.raises(TargetError, match=r"'classifier.weigth' matches no trainable tensor; did you mean 'classifier.w"):
+    with pytest.raises(
+        TargetError, match=r"'classifier.weigth' matches no trainable tensor; did you mean 'classifier.w"
+    ):
         rates(attach(fresh("bert"), [override]))
 
 

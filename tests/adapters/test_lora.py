@@ -98,11 +98,12 @@ def test_what_is_saved_loads_in_stock_peft_on_a_stock_model(
     assert (theirs - before).abs().max() > 0.01
 
 
-def test_two_of_them_load_in_stock_peft_by_subfolder(
-    fresh: Fresh, tmp_path: Path, noise: Noise, run: Run
-) -> None:
+def test_two_of_them_load_in_stock_peft_by_subfolder(fresh: Fresh, tmp_path: Path, noise: Noise, run: Run) -> None:
     model = fresh("plain")
-    specs = [{"lora": {"name": "a", "targets": ["q_proj"]}}, {"lora": {"name": "b", "targets": ["v_proj"], "rank": 2}}]
+    specs: list[Any] = [
+        {"lora": {"name": "a", "targets": ["q_proj"]}},
+        {"lora": {"name": "b", "targets": ["v_proj"], "rank": 2}},
+    ]
     stack = attach(model, specs)
     noise(stack.trainable())
     save(stack, tmp_path / "adapter")

@@ -18,6 +18,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 
@@ -32,6 +33,7 @@ AssertSame = Callable[..., None]
 LENGTH = 5
 PREFIX: dict[str, Any] = {"prefix": {"length": LENGTH}}
 TOKENS = [9, 4, 33, 17, 60]
+GLOBAL_HEADS: dict[str, Any] = {"global_head_dim": 16}  # transformers' types do not know it
 
 llama_variants = pytest.mark.parametrize("name", ["plain", "tied", "wide-heads"])
 encoders = pytest.mark.parametrize("name", ["bert", "roberta"])
@@ -46,7 +48,7 @@ def _tokenizer(text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
 def _mask(side: str) -> Tensor:
     """Two rows of 7 tokens, three of which are padding in the second row."""
     mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, :3 if side == "left" else None] = 0
+    mask[1, : 3 if side == "left" else None] = 0
     if side == "right":
         mask[1] = torch.tensor([1, 1, 1, 1, 0, 0, 0])
     return mask
@@ -63,11 +65,18 @@ def _explicit_cache(model: PreTrainedModel, stacks: list[Stack], batch: int = 2)
     tensors = [list(stack.trainable().values()) for stack in stacks]
     for layer in range(len(tensors[0]) // 2):
         key, value = (
-            torch.cat([t[2 * layer + i].detach().to(model.dtype) for t in tensors], dim=1)[None].expand(batch, -1, -1, -1)
+            torch.cat([t[2 * layer + i].detach().to(model.dtype) for t in tensors], dim=1)[None].expand(
+                batch, -1, -1, -1
+            )
             for i in (0, 1)
         )
         cache.update(key, value, layer)
     return cache
+
+
+def _generate(model: Any, **inputs: Any) -> Tensor:
+    found: Tensor = model.generate(**inputs)
+    return found
 
 
 @torch.no_grad()
@@ -172,9 +181,9 @@ def test_encoders_equal_peft_too(
     stack = attach(fresh(name), [PREFIX])
     noise(stack.trainable())
     theirs = _in_peft(stack, tmp_path / "a", fresh(name))
-    padding = stack.model.config.pad_token_id
     inputs = {}
     if masked is not None:
+        padding = {"bert": 0, "roberta": 1}[name]
         mask = _mask(masked)
         inputs = {"attention_mask": mask, "input_ids": ids.masked_fill(mask == 0, padding)}
     _compare_with_peft(stack, theirs, run, gradients, assert_same, inputs)
@@ -214,12 +223,12 @@ def test_generation_equals_peft_and_does_not_depend_on_the_cache(
         "pad_token_id": 0,
         "eos_token_id": None,
     }
-    ours = model.generate(**inputs)
+    ours = _generate(model, **inputs)
     assert ours.shape == (2, 15)
-    assert torch.equal(model.generate(**inputs, use_cache=False), ours)
+    assert torch.equal(_generate(model, **inputs, use_cache=False), ours)
     theirs = _in_peft(stack, tmp_path / "a", fresh(name))
-    assert torch.equal(theirs.generate(**inputs), ours)
-    assert not torch.equal(fresh(name).generate(**inputs), ours)
+    assert torch.equal(_generate(theirs, **inputs), ours)
+    assert not torch.equal(_generate(fresh(name), **inputs), ours)
 
 
 def test_generation_is_the_repeated_choice_of_the_likeliest_token(
@@ -230,7 +239,7 @@ def test_generation_is_the_repeated_choice_of_the_likeliest_token(
     by_hand = ids
     for _ in range(6):
         by_hand = torch.cat([by_hand, run(model, input_ids=by_hand)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None), by_hand)
+    assert torch.equal(_generate(model, input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None), by_hand)
 
 
 @pytest.mark.parametrize("name", ["plain", "tied", "wide-heads", "gpt2"])
@@ -351,6 +360,26 @@ def test_two_prefixes_stand_side_by_side_and_detach_in_either_order(
     assert torch.equal(run(model), before)
 
 
+@pytest.mark.parametrize(("queries", "causal"), [(7, True), (1, True), (3, True), (7, False)])
+def test_without_a_mask_tokens_see_the_prefix_and_what_is_before_them(
+    llama: PreTrainedModel, queries: int, causal: bool
+) -> None:
+    """Some architectures leave the mask to the attention function; fewer queries than keys mean a cache."""
+    stack = attach(llama, [PREFIX])
+    layer: Any = llama.get_submodule("model.layers.0.self_attn")
+    layer.is_causal = causal
+    query, key, value = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    found, _ = ALL_ATTENTION_FUNCTIONS[llama.config._attn_implementation](layer, query, key, value, None)
+    prefix_key, prefix_value = (p.detach().expand(2, -1, -1, -1) for p in list(stack.trainable().values())[:2])
+    visible = torch.ones(queries, LENGTH + 7, dtype=torch.bool)
+    if causal:
+        visible = visible.tril(LENGTH + 7 - queries)
+    expected = nn.functional.scaled_dot_product_attention(
+        query, torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2), visible, enable_gqa=True
+    )
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=0)
+
+
 def test_given_positions_are_shifted_too(fresh: Fresh, run: Run, noise: Noise) -> None:
     model = fresh("plain")
     noise(attach(model, [PREFIX]).trainable())
@@ -369,9 +398,7 @@ def test_packed_rows_do_not_see_each_other(fresh: Fresh, run: Run, noise: Noise,
     """Positions that restart are how transformers is told of several rows in one; the prefix stands before each."""
     model = fresh("plain")
     noise(attach(model, [PREFIX]).trainable())
-    packed = run(
-        model, input_ids=ids.view(1, -1), position_ids=torch.arange(7).repeat(2)[None], use_cache=False
-    )
+    packed = run(model, input_ids=ids.view(1, -1), position_ids=torch.arange(7).repeat(2)[None], use_cache=False)
     torch.testing.assert_close(packed.view(2, 7, -1), run(model), atol=1e-6, rtol=0)
 
 
@@ -387,7 +414,9 @@ def test_no_gradient_stays_away_from_a_prefix_and_none_reaches_the_base(
     assert not [n for n, p in model.named_parameters() if p.grad is not None and ".prefix_" not in n]
 
 
-def test_a_model_of_several_head_sizes_keeps_its_own_shapes(tmp_path: Path, run: Run, noise: Noise, ids: Tensor) -> None:
+def test_a_model_of_several_head_sizes_keeps_its_own_shapes(
+    tmp_path: Path, run: Run, noise: Noise, ids: Tensor
+) -> None:
     config = Gemma4TextConfig(
         vocab_size=64,
         hidden_size=32,
@@ -396,12 +425,12 @@ def test_a_model_of_several_head_sizes_keeps_its_own_shapes(tmp_path: Path, run:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        global_head_dim=16,
         hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=64,
         num_kv_shared_layers=0,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=32,
+        **GLOBAL_HEADS,
     )
     model, other = (Gemma4ForCausalLM(config).eval() for _ in range(2))
     other.load_state_dict(model.state_dict())
@@ -419,9 +448,7 @@ def test_a_model_of_several_head_sizes_keeps_its_own_shapes(tmp_path: Path, run:
 
 def _deberta() -> PreTrainedModel:
     return DebertaV2ForSequenceClassification(
-        DebertaV2Config(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-        )
+        DebertaV2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     )
 
 

@@ -160,7 +160,7 @@ def test_a_broken_plugin_is_named_with_its_reason(
 
 def test_a_missing_module_is_a_broken_plugin(declare: Declare) -> None:
     declare(("gone", "no_such_module_anywhere:Gone", "faulty", "3.1"))
-    with pytest.raises(PluginError, match="gone of faulty 3.1 is broken: ModuleNotFoundError"):
+    with pytest.raises(PluginError, match=r"gone of faulty 3\.1 is broken: ModuleNotFoundError"):
         get("gone")
 
 

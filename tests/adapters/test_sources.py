@@ -122,7 +122,9 @@ def _header(version: int, tensors: int, entries: int) -> bytes:
     ],
     ids=["empty", "garbage", "magic", "nothing", "version", "cut-header", "cut-key", "no-text", "huge"],
 )
-def test_a_damaged_gguf_file_is_the_recipes_fault_and_leaves_no_cache(gguf: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_gguf_file_is_the_recipes_fault_and_leaves_no_cache(
+    gguf: Path, tmp_path: Path, content: bytes
+) -> None:
     gguf.write_bytes(content)
     with pytest.raises(RecipeError, match=r"model\.gguf' cannot be read as GGUF"):
         locate(str(gguf)).materialise()

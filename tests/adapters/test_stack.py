@@ -53,7 +53,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_name_a_mapping_and_an_instance_mean_the_same() -> None:
-    for spec in ("lora", {"lora": None}, {"lora": {}}, LoRA(), {"onegpu:lora": {}}):
+    specs: list[Any] = ["lora", {"lora": None}, {"lora": {}}, LoRA(), {"onegpu:lora": {}}]
+    for spec in specs:
         (named,) = build([spec])
         assert (named.name, named.adapter) == ("lora", LoRA())
         assert named.entry is not None
@@ -294,6 +295,15 @@ def test_checkpointing_changes_no_gradient(
     assert_same(found[1], found[0])
 
 
+def test_gradients_pass_a_reentrant_checkpoint_without_help_of_transformers(fresh: Fresh, gradients: Gradients) -> None:
+    """Its own hook on the embeddings comes and goes between versions, and without one nothing is trained."""
+    model = fresh("plain").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.disable_input_require_grads()
+    stack = attach(model, ["lora"])
+    assert gradients(model, stack.trainable()).keys() == stack.trainable().keys()
+
+
 def test_a_detached_model_has_no_hook_of_ours(fresh: Fresh) -> None:
     for name in ("plain", "bert"):
         model = fresh(name)
@@ -372,7 +382,7 @@ def test_the_base_alone_is_restored_after_an_error_too(fresh: Fresh, run: Run, n
     stack = attach(model, ["lora", PREFIX])
     noise(stack.trainable())
     trained = run(model)
-    with pytest.raises(KeyError), stack.base_only():
+    with pytest.raises(KeyError), stack.base_only():  # noqa: PT012  # the block is tested
         assert torch.equal(run(model), before)
         raise KeyError
     assert torch.equal(run(model), trained)
