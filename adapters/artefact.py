@@ -10,33 +10,28 @@ Several adapters with tensors of their own get one subfolder each, under one man
 everything else is JSON: nothing is ever unpickled, and nothing in a folder can name code to import.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import registry
-from .contract import Attachment
+from .contract import Adapter, Attachment
 from .errors import ArtefactError, PluginError, nearest
 from .files import atomic_folder, write_json, write_text
 from .fingerprint import Fingerprint, differences, fingerprint
+from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, read
 from .registry import ADAPTERS
 from .stack import Stack, attach, packed_as
-from .validation import faults
 
-__all__ = ["Manifest", "load", "read", "save"]
+__all__ = ["MANIFEST", "confirm", "fill", "load", "read", "save"]
 
-TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 LIBRARIES = ("onegpu", "torch", "transformers", "bitsandbytes", "safetensors")
 TASK_TYPES = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -44,55 +39,6 @@ TASK_TYPES = {
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaseRecord(_Record):
-    """Which base an adapter belongs to."""
-
-    source: str | None
-    revision: str | None
-    model_class: str
-    dtype: str
-    packed_as: str | None
-    fingerprint: Fingerprint
-
-
-class AdapterRecord(_Record):
-    """One adapter of the stack, with the plugin that provides it."""
-
-    name: str
-    adapter: str
-    distribution: str
-    version: str
-    api: int
-    config: dict[str, Any]
-    folder: str | None  # where its tensors are, relative to the manifest; None for an adapter without any
-    resolved: dict[str, Any]
-
-
-class Manifest(_Record):
-    """`manifest.json`."""
-
-    format: Literal[1] = 1
-    base: BaseRecord
-    adapters: list[AdapterRecord]
-    heads: list[str]
-    versions: dict[str, str]
-    run: dict[str, Any] = {}  # facts of the run that trained it: seed, data, metrics, probe
-
-
-@dataclass(frozen=True)
-class Saved:
-    """An adapter folder as read: nothing in it was executed."""
-
-    folder: Path
-    manifest: Manifest
-    tensors: dict[str, dict[str, Tensor]]  # by folder of the adapter
-    configs: dict[str, dict[str, Any]]
 
 
 def save(
@@ -126,36 +72,8 @@ def save(
             save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, place / TENSORS, metadata={"format": "pt"})
             write_json(place / CONFIG, _config(stack, attachment, source))
         write_json(partial / MANIFEST, manifest.model_dump())
-        write_text(partial / "README.md", _card(manifest, files))
-
-
-def read(folder: str | Path) -> Saved:
-    """Read an adapter folder and check that it is complete and well-formed.
-
-    Raises:
-        ArtefactError: with every fault found.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        others = [name for name in ("adapter_model.bin", CONFIG) if (folder / name).exists()]
-        hint = (
-            f"; it holds {' and '.join(others)}, which another program wrote (pickles are never read)" if others else ""
-        )
-        raise ArtefactError(f"{folder} is not an adapter folder: it has no {MANIFEST}{hint}")
-    try:
-        manifest = Manifest.model_validate(json.loads((folder / MANIFEST).read_text("utf-8")))
-    except ValidationError as error:
-        texts = [f"{'.'.join(map(str, f.path))}: {f.message}" for f in faults(error, Manifest)]
-        raise ArtefactError(f"{folder / MANIFEST}: {'; '.join(texts)}") from None
-    except ValueError as error:
-        raise ArtefactError(f"{folder / MANIFEST} is not JSON: {error}") from None
-    names = [r.folder for r in manifest.adapters if r.folder is not None] or ["."]
-    outside = [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]
-    if outside:
-        raise ArtefactError(f"{folder / MANIFEST}: the folder {outside[0]!r} lies outside the artefact")
-    tensors = {name: _read_tensors(folder / name / TENSORS) for name in names}
-    configs = {name: _read_json(folder / name / CONFIG) for name in names}
-    return Saved(folder, manifest, tensors, configs)
+        by_peft = [name for name, (_, a) in files.items() if a is not None and a.peft_config() is not None]
+        write_text(partial / "README.md", card(manifest, by_peft))
 
 
 def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = False) -> Stack:
@@ -189,6 +107,19 @@ def fill(stack: Stack, folder: str | Path) -> None:
         ArtefactError: keys, shapes, dtypes or configurations differ; the stack keeps its values.
     """
     _fill(stack, read(folder))
+
+
+def confirm(stack: Stack, folder: str | Path) -> None:
+    """Read a folder that was just written, and compare it with what is live, bit for bit.
+
+    Raises:
+        ArtefactError: naming the first tensor that differs.
+    """
+    saved = read(folder)
+    for name, (tensors, _) in _tensor_files(stack).items():
+        for key, tensor in tensors.items():
+            if not torch.equal(tensor.cpu(), saved.tensors[name][key]):
+                raise ArtefactError(f"{folder}: {key} was not written as it is")
 
 
 def _tensor_files(stack: Stack) -> dict[str, tuple[dict[str, Tensor], Attachment | None]]:
@@ -300,16 +231,10 @@ def _attachable(saved: Saved, model: nn.Module) -> list[AdapterRecord]:
     records = []
     for record in saved.manifest.adapters:
         entry = _installed(record)
-        capabilities = registry.load(entry, _adapter_class()).capabilities
+        capabilities = registry.load(entry, Adapter).capabilities
         if not (capabilities.quantises and packed_as(model) is None):
             records.append(record)
     return records
-
-
-def _adapter_class() -> type:
-    from .contract import Adapter
-
-    return Adapter
 
 
 def _installed(record: AdapterRecord) -> registry.Entry:
@@ -358,62 +283,7 @@ def _tensor_faults(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> li
 
 
 def _config_faults(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """A setting that PEFT would follow and we would not. Empty and false ones of other versions do no harm."""
-    keys = sorted(own.keys() | {key for key, value in given.items() if value})
+    """Settings that PEFT would follow and we would not. Empty ones, and another path of the base, do no harm."""
+    keys = sorted((own.keys() | {key for key, value in given.items() if value}) - {"base_model_name_or_path"})
     changed = [key for key in keys if own.get(key) != given.get(key)]
     return [f"{CONFIG} says {key}: {given.get(key)!r}, the manifest {own.get(key)!r}" for key in changed]
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ArtefactError(f"{path} is missing")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, ValueError) as cause:
-        raise ArtefactError(f"{path} is damaged: {cause}") from cause
-    return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ArtefactError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path} must hold one JSON object")
-    return content
-
-
-CARD = """# {stack} on {base}
-
-Made by onegpu {version}. `manifest.json` says on which base, with which settings, data and versions.
-
-```python
-from onegpu.adapters import load, load_base
-
-base = load_base("{base}")
-stack = load(base, "DIR")
-```
-"""
-
-PEFT_CARD = """
-With stock PEFT:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "DIR"{subfolder})
-```
-"""
-
-
-def _card(manifest: Manifest, files: Mapping[str, tuple[dict[str, Tensor], Attachment | None]]) -> str:
-    stack = " + ".join(record.adapter for record in manifest.adapters) or "trained head"
-    base = manifest.base.source or manifest.base.model_class
-    card = CARD.format(stack=stack, base=base, version=manifest.versions["onegpu"])
-    readable = [folder for folder, (_, a) in files.items() if a is not None and a.peft_config() is not None]
-    if readable:
-        card += PEFT_CARD.format(subfolder="" if readable[0] == "." else f', subfolder="{readable[0]}"')
-    return card

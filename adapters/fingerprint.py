@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,14 +22,21 @@ NOT_CONTENT = {
 }
 
 
+NORMS_AGREE = 2e-3  # relative; rounding to 8 bits of mantissa moves a norm by less
+
+
 class TensorPrint(BaseModel):
-    """Digests of one base tensor. `rounded` is of its bf16 rounding, so that two float precisions can be compared."""
+    """One base tensor: a digest of its bytes, and what two precisions of it have in common.
+
+    That is a digest of its bf16 rounding, and its norm for fp16, which loses small values that bf16 keeps.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    storage: str  # dtype, or the kind of packing
+    storage: str  # dtype; or the kind of packing, and the dtype that was packed
     exact: str
     rounded: str | None = None
+    norm: float | None = None
 
 
 class Fingerprint(BaseModel):
@@ -67,7 +75,7 @@ def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[
         if {k: p.storage for k, p in here.items()} == {k: p.storage for k, p in there.items()}:
             same = here == there
         elif name in here and name in there:
-            same = here[name].rounded == there[name].rounded
+            same = _same_rounded(here[name], there[name])
         else:
             skipped.append(name)
             continue
@@ -76,8 +84,18 @@ def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[
     return faults, skipped
 
 
+def _same_rounded(one: TensorPrint, other: TensorPrint) -> bool:
+    if "float16" in (one.storage, other.storage):
+        return (
+            one.norm is not None and other.norm is not None and math.isclose(one.norm, other.norm, rel_tol=NORMS_AGREE)
+        )
+    return one.rounded == other.rounded
+
+
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     heads = head_modules(model)
+    unpacked = (p for _, m in modules(model) for p in unwrap(m).parameters(recurse=False) if p.is_floating_point())
+    packed_from = _name_of_dtype(next(unpacked, torch.empty(0)))  # the first is the token embedding
     seen: set[int] = set()
     for path, outer in [("", model), *modules(model)]:
         if any(path == head or path.startswith(f"{head}.") for head in heads):
@@ -85,11 +103,16 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
         module = unwrap(outer)
         if isinstance(module, PackedWeight):
             stem = path.removesuffix(".packed") + ".weight"
-            yield from ((f"{stem}#{name}", buffer, module.kind) for name, buffer in module.named_buffers())
+            storage = f"{module.kind} of {packed_from}"
+            yield from ((f"{stem}#{name}", buffer, storage) for name, buffer in module.named_buffers())
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:  # tied tensors once
                 seen.add(id(parameter))
-                yield f"{path}.{name}".lstrip("."), parameter, str(parameter.dtype).removeprefix("torch.")
+                yield f"{path}.{name}".lstrip("."), parameter, _name_of_dtype(parameter)
+
+
+def _name_of_dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _stem(name: str) -> str:
@@ -101,7 +124,8 @@ def _print(tensor: Tensor, storage: str) -> TensorPrint:
     if not tensor.is_floating_point():
         return TensorPrint(storage=storage, exact=exact)
     rounded = exact if tensor.dtype == torch.bfloat16 else _tensor_digest(tensor.to(torch.bfloat16))
-    return TensorPrint(storage=storage, exact=exact, rounded=rounded)
+    norm = float(f"{tensor.detach().float().norm().item():.5g}")
+    return TensorPrint(storage=storage, exact=exact, rounded=rounded, norm=norm)
 
 
 def _tensor_digest(tensor: Tensor) -> str:

@@ -155,7 +155,13 @@ class Stack:
                 attachment.enabled(True)
 
     def detach(self) -> None:
-        """Take everything out again, last first. A frozen base is then what it was, bit for bit."""
+        """Take everything out again, last first. A frozen base is then what it was, bit for bit.
+
+        Raises:
+            StackError: it was detached before.
+        """
+        if self._key not in _ATTACHED.get(self.model, {}):
+            raise StackError("this stack is not attached any more")
         for attachment in reversed(self.attachments):
             attachment.detach()
         for undo in reversed(self._undo):
@@ -223,6 +229,10 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
     present = frozenset().union(*(names for names, _ in _ATTACHED.get(model, {}).values()))
     for n in named:
         capabilities = n.adapter.capabilities
+        if present and not capabilities.base_frozen:
+            raise StackError(
+                f"{n.name} trains the base itself, and {min(present)!r} is attached to it: detach that first"
+            )
         if n.name in present:
             raise StackError(f"{n.name!r} is attached to this model already; detach it, or give the new one a `name`")
         if capabilities.quantises and packed_as(model) is None:

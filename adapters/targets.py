@@ -16,8 +16,9 @@ ALL_LINEAR = "all-linear"
 def resolve(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
     """The linears that `targets` name, by logical path, in the order of the model.
 
-    `all-linear` is every linear except heads and output embeddings. A plain name matches the end of a path at a dot
-    (`q_proj`, `self_attn.q_proj`); a name with `*`, `?` or `[` is a pattern over the whole path (`*.layers.1?.*`).
+    `all-linear` is every linear except output embeddings. A plain name matches the end of a path at a dot (`q_proj`,
+    `self_attn.q_proj`); a name with `*`, `?` or `[` is a pattern over the whole path (`*.layers.1?.*`). Heads are
+    passed over whatever is named: they are trained whole.
 
     Raises:
         TargetError: an entry matches no linear (each such entry is named, with the nearest valid one), an entry matches
@@ -25,15 +26,16 @@ def resolve(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Modu
     """
     found = linears(model)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    heads = _untouchable(model)
+    heads, output = _in_heads(model), output_embeddings(model)
     if ALL_LINEAR in wanted:
         _refuse_fused_experts(model)
     faults = []
     chosen: set[str] = set()
     for entry in wanted:
-        hits = {path for path in found if matches(path, entry) and not (entry == ALL_LINEAR and path in heads)}
+        named = {path for path in found if matches(path, entry)}
+        hits = named - heads - ({output} if entry == ALL_LINEAR else set())
         if not hits:
-            faults.append(_explain(entry, model, found))
+            faults.append(_explain(entry, model, found, in_head=bool(named & heads)))
         chosen |= hits
     if faults:
         raise TargetError("; ".join(faults))
@@ -57,14 +59,14 @@ def shortest_names(model: nn.Module, chosen: Sequence[str]) -> list[str]:
     return last if meant == set(chosen) else sorted(chosen)
 
 
-def _untouchable(model: nn.Module) -> set[str]:
+def _in_heads(model: nn.Module) -> set[str]:
     heads = head_modules(model)
-    output = output_embeddings(model)
-    inside = {p for p in linears(model) if any(p == head or p.startswith(f"{head}.") for head in heads)}
-    return inside | ({output} if output else set())
+    return {p for p in linears(model) if any(p == head or p.startswith(f"{head}.") for head in heads)}
 
 
-def _explain(entry: str, model: nn.Module, found: dict[str, nn.Module]) -> str:
+def _explain(entry: str, model: nn.Module, found: dict[str, nn.Module], *, in_head: bool) -> str:
+    if in_head:
+        return f"target {entry!r} belongs to the head, which is trained whole anyway: leave it out"
     other = [type(unwrap(m)).__name__ for path, m in modules(model) if matches(path, entry)]
     if other and entry != ALL_LINEAR:
         return f"target {entry!r} matches {other[0]} modules, and only linear layers can be adapted"

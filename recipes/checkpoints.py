@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from onegpu.adapters import RecipeError, Stack, Unavailable
-from onegpu.adapters.artefact import fill
+from onegpu.adapters.artefact import confirm, fill
 from onegpu.adapters.files import atomic_folder, write_json
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
@@ -53,6 +54,7 @@ def write_checkpoint(
     }
     with atomic_folder(folder) as partial:
         save_adapter(partial / "adapter")
+        confirm(stack, partial / "adapter")
         save_file(tensors, partial / "optimizer.safetensors", metadata={"format": "pt"})
         save_file(_torch_states(), partial / "random.safetensors", metadata={"format": "pt"})
         write_json(partial / "state.json", state)
@@ -71,7 +73,7 @@ def read_checkpoint(
         state = json.loads((folder / "state.json").read_text("utf-8"))
         tensors = load_file(folder / "optimizer.safetensors")
         states = load_file(folder / "random.safetensors")
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, SafetensorError) as cause:
         raise RecipeError(f"the checkpoint {folder} cannot be read: {cause}") from cause
     _check_environment(state["environment"], folder)
     fill(stack, folder / "adapter")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onegpu.adapters import OnegpuError, RecipeError, StackError, build, get
+from onegpu.adapters import ADAPTERS, OnegpuError, RecipeError, StackError, build, entries, get
 from onegpu.adapters.errors import nearest
 from onegpu.adapters.stack import Named, check, split
 from onegpu.adapters.validation import Fault, Path as KeyPath, faults
@@ -317,5 +317,8 @@ def _with_belonging(found: Sequence[Fault], content: Mapping[str, Any]) -> list[
 
 
 def _written(named: Named) -> str:
+    """The name that means this adapter here: with its distribution where several offer one of that name."""
     assert named.entry is not None
-    return named.entry.name
+    name = named.entry.name
+    offered = sum(entry.name == name for entry in entries(ADAPTERS))
+    return name if offered == 1 else f"{named.entry.distribution}:{name}"

@@ -9,6 +9,7 @@ checkpoints/step-NNNNNN/
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,11 @@ class RunFolder:
                     return
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`, which will be done again."""
-        kept = [record for record in self.records() if record["step"] <= step]
+        """Forget what was recorded after `step`, which will be done again: from 0 on, the first evaluation too."""
+        kept = [record for record in self.records() if record["step"] <= step and step > 0]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _changed_lines(before: str, after: str) -> str:
-    old, new = before.splitlines(), after.splitlines()
-    gone = [f"  - {line.strip()}" for line in old if line not in new]
-    come = [f"  + {line.strip()}" for line in new if line not in old]
-    return "\n".join((gone + come)[:10])
+    lines = list(unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))[2:]  # without its headers
+    return "\n".join([f"  {line[0]} {line[1:].strip()}" for line in lines if line[0] in "+-"][:10])

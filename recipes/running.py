@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, set_seed
 
-from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, artefact, attach, load, load_base
+from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, artefact, attach, load, load_base
 from onegpu.adapters.base import footprint, load_options
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect, grad_scaler
 from onegpu.adapters.files import write_json
-from onegpu.adapters.fingerprint import fingerprint
+from onegpu.adapters.fingerprint import differences, fingerprint
 from onegpu.adapters.sources import Source, locate
 
 from .batches import Plan, resolve_micro_batch
@@ -102,19 +102,25 @@ def preflight(loaded: Loaded) -> Job:
         compute_dtype(recipe.train.precision, hardware)
     with loaded.place("base"):
         source = locate(recipe.base, revision=recipe.revision, beside=loaded.folder)
+    with loaded.place("revision"):
+        if recipe.revision is not None and source.place is not None:
+            raise RecipeError("only a hub id has revisions, and the base is a file or a folder: leave `revision` out")
     if recipe.adapter is not None:
         with loaded.place("adapter"):
             artefact.read(recipe.adapter)
     split = split_rows(loaded)
     with loaded.place("base"):
         place = source.materialise()
-    with loaded.place("adapters"):
-        kind, precision = loaded.task.kind, recipe.train.precision
+    kind, precision = loaded.task.kind, recipe.train.precision
+    try:
         options = load_options(
             place, loaded.stack, kind=kind, precision=precision, hardware=hardware, revision=source.revision
         )
+    except OnegpuError as error:
+        with loaded.place("base" if isinstance(error, RecipeError) else "adapters"):
+            raise
+    reader = make_reader(place, loaded, split.labels)
     with loaded.place(*task):
-        reader = make_reader(place, loaded, split.labels)
         dataset = encode(loaded.task, split, reader)
     return Job(loaded, source, place, hardware, options, split, reader, dataset)
 
@@ -122,21 +128,27 @@ def preflight(loaded: Loaded) -> Job:
 def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
     """The tokenizer of a base, its stop tokens, and the longest example that recipe and model allow."""
     revision, task = loaded.recipe.revision, loaded.task
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    except (OSError, ValueError) as cause:
-        reason = str(cause).strip().splitlines()[0]
-        raise RecipeError(f"base {loaded.recipe.base!r} has no tokenizer that can be read: {reason}") from cause
-    if task.kind == "causal-lm" and tokenizer.chat_template is None:
-        raise RecipeError(
-            f"base {loaded.recipe.base!r} has no chat template, so conversations cannot be rendered for it"
-        )
+    with loaded.place("base"):
+        tokenizer = _tokenizer(place, loaded)
     occupied = sum(named.adapter.positions() for named in loaded.stack)
     most = AutoConfig.from_pretrained(place, revision=revision).get_text_config().max_position_embeddings - occupied
-    if task.max_length is not None and task.max_length > most:
-        raise RecipeError(f"task: max_length is {task.max_length}, and the model has room for {most} tokens")
+    with loaded.place("task", loaded.task_name, "max_length"):
+        if task.max_length is not None and task.max_length > most:
+            raise RecipeError(f"max_length is {task.max_length}, and the model has room for {most} tokens")
     limit = task.max_length or min(most, tokenizer.model_max_length)
     return Reader(tokenizer, limit, frozenset(_stops(place, revision, tokenizer)), labels)
+
+
+def _tokenizer(place: str, loaded: Loaded) -> Any:
+    base = loaded.recipe.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=loaded.recipe.revision)
+    except (OSError, ValueError) as cause:
+        reason = str(cause).strip().splitlines()[0]
+        raise RecipeError(f"base {base!r} has no tokenizer that can be read: {reason}") from cause
+    if loaded.task.kind == "causal-lm" and tokenizer.chat_template is None:
+        raise RecipeError(f"base {base!r} has no chat template, so conversations cannot be rendered for it")
+    return tokenizer
 
 
 def _stops(place: str, revision: str | None, tokenizer: Any) -> set[int]:
@@ -212,9 +224,10 @@ def _session(
     base = fingerprint(model)
     stack = attach(model, job.loaded.stack, seed=settings.seed, tokenizer=job.reader.tokenizer)
     if job.loaded.recipe.adapter is not None:
-        artefact.fill(stack, job.loaded.recipe.adapter)
+        with job.loaded.place("adapter"):
+            _continue_from(job, stack, job.loaded.recipe.adapter)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     trainable = stack.trainable()
     groups = groups_of(trainable, stack.rates(settings.weight_decay))
     optimizer = make_optimizer(settings, groups, trainable)
@@ -245,13 +258,27 @@ def _session(
         artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
     _describe_groups(groups, settings.learning_rate, display)
-    _restore(session, resume=resume)
+    _restore(session, facts["data"], resume=resume)
     return session, save
 
 
-def _restore(session: Session, *, resume: bool) -> None:
+def _continue_from(job: Job, stack: Stack, folder: str) -> None:
+    """Give the stack the values of a saved adapter, whose base and classes must be these."""
+    manifest = artefact.read(folder).manifest
+    faults, _ = differences(manifest.base.fingerprint, stack.model)
+    if faults:
+        raise RecipeError(f"{folder} was trained on another base: {faults[0]}")
+    labels, before = list(job.reader.labels or ()), manifest.run.get("labels") or []
+    if before != labels:
+        raise RecipeError(f"{folder} was trained on the classes {before}, and these are {labels}")
+    artefact.fill(stack, folder)
+
+
+def _restore(session: Session, data: dict[str, Any], *, resume: bool) -> None:
     checkpoint = session.folder.latest_checkpoint() if resume else None
     if checkpoint is not None:
+        if artefact.read(checkpoint / "adapter").manifest.run["data"] != data:
+            raise RecipeError(f"the rows have changed since {checkpoint} was written, so it cannot be resumed")
         progress = read_checkpoint(
             checkpoint,
             stack=session.stack,

@@ -92,12 +92,13 @@ def train(s: Session) -> str:
                 attachment.after_backward(s.step)
             norm = _clip(s, trainable)
             rates = [float(rate) for rate in s.schedule.get_last_lr()]
+            judged = proof.judged
             proof.before_step(max(rates) if math.isfinite(norm) else 0.0)  # fp16 passes over a step that overflowed
             s.scaler.step(s.optimizer)
             s.scaler.update()
             proof.after_step()
-            if proof.judged == 1:
-                frozen_base(s.stack, s.base)
+            if proof.judged > judged == 0:
+                frozen_base(s.stack, s.base)  # once: it reads every byte of the base
             s.schedule.step()
             s.optimizer.zero_grad()
             s.step += 1
@@ -174,6 +175,10 @@ def _evaluate(s: Session) -> None:
     if not s.held_out:
         return
     scores = evaluate(s.model, s.task, s.held_out, micro_batch=s.micro_batch, pad=s.pad, autocast=s.autocast)
+    if not math.isfinite(scores["loss"]):
+        batch = s.task.collate(micro_batches(s.held_out, s.micro_batch)[0], s.pad)
+        where = explain_non_finite(s.stack, s.task, on_device(batch, s.accelerator.device))
+        raise ProofFailed(f"step {s.step}: the held-out loss is {scores['loss']}, {where}")
     s.scores.append(scores)
     if s.accelerator.is_main_process:
         s.folder.record(step=s.step, evaluation=scores, adapter=s.step > 0)

@@ -31,7 +31,7 @@ from onegpu.adapters import (
     load,
     save,
 )
-from onegpu.adapters.artefact import fill, read
+from onegpu.adapters.artefact import confirm, fill, read
 from onegpu.adapters.fingerprint import fingerprint
 from onegpu.adapters.lora import LoRA
 from onegpu.adapters.quantised import NF4
@@ -631,3 +631,25 @@ def test_loading_twice_on_one_model_is_refused(fresh: Fresh, saved: Path) -> Non
     load(model, saved)
     with pytest.raises(StackError, match="'lora' is attached to this model already"):
         load(model, saved)
+
+
+def test_what_was_written_is_confirmed_against_what_is_live(
+    llama: PreTrainedModel, noise: Noise, tmp_path: Path
+) -> None:
+    stack = attach(llama, ["lora"])
+    noise(stack.trainable())
+    save(stack, tmp_path / "adapter")
+    confirm(stack, tmp_path / "adapter")
+    with torch.no_grad():
+        next(iter(stack.trainable().values())).add_(1)
+    with pytest.raises(ArtefactError, match="was not written as it is"):
+        confirm(stack, tmp_path / "adapter")
+
+
+def test_the_path_of_the_base_may_be_edited_for_peft(llama: PreTrainedModel, tmp_path: Path) -> None:
+    stack = attach(llama, ["lora"])
+    save(stack, tmp_path / "adapter")
+    stack.detach()
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    load(llama, tmp_path / "adapter")

@@ -113,3 +113,18 @@ def test_another_shape_with_the_same_bytes_is_another_tensor() -> None:
     with torch.no_grad():
         tall.weight.copy_(wide.weight.view(2, 8))
     assert differences(fingerprint(wide), tall)[0] == ["weight has other values"]
+
+
+def test_a_half_precision_copy_of_the_base_is_the_same_base_and_another_one_is_not(llama: PreTrainedModel) -> None:
+    stored = fingerprint(llama)
+    llama.half()
+    assert differences(stored, llama) == ([], [])
+    with torch.no_grad():
+        next(llama.parameters()).mul_(1.1)
+    assert differences(stored, llama)[0]
+
+
+def test_weights_packed_from_two_precisions_are_not_compared(fresh: Callable[..., PreTrainedModel]) -> None:
+    faults, skipped = differences(fingerprint(fresh("plain", "nf4")), fresh("plain", "nf4", precision="bf16"))
+    assert not faults
+    assert skipped

@@ -396,3 +396,16 @@ def test_an_adapter_that_neither_merges_nor_switches_says_so(llama: PreTrainedMo
         attachment.enabled(False)
     with pytest.raises(NotImplementedError):
         attachment.detach()
+
+
+def test_nothing_can_train_the_base_itself_under_another_adapter(llama: PreTrainedModel) -> None:
+    attach(llama, ["lora"])
+    with pytest.raises(StackError, match="full trains the base itself, and 'lora' is attached"):
+        attach(llama, ["full"])
+
+
+def test_a_stack_is_detached_once(llama: PreTrainedModel) -> None:
+    stack = attach(llama, ["lora"])
+    stack.detach()
+    with pytest.raises(StackError, match="not attached any more"):
+        stack.detach()

@@ -122,3 +122,15 @@ def test_names_that_would_mean_the_head_too_are_written_out(fresh: Fresh) -> Non
     model = fresh("roberta")
     chosen = resolve(model, "all-linear")
     assert shortest_names(model, list(chosen)) == sorted(chosen)
+
+
+def test_heads_are_passed_over_by_any_name(fresh: Callable[..., PreTrainedModel]) -> None:
+    # RoBERTa's head has a `dense` of its own; it is trained whole, and PEFT would give other logits beside an update.
+    chosen = resolve(fresh("roberta"), ["dense"])
+    assert chosen
+    assert not [path for path in chosen if path.startswith("classifier")]
+
+
+def test_a_target_that_lies_in_the_head_only_is_refused(bert: PreTrainedModel) -> None:
+    with pytest.raises(TargetError, match="'classifier' belongs to the head"):
+        resolve(bert, ["query", "classifier"])
