@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .loading import Loaded, load_recipe, parse_recipe
     from .packaged import packaged_recipes
-    from .running import Job, Outcome, preflight, run
+    from .preflight import Job, preflight
+    from .running import Outcome, run
     from .schema import Recipe, Train
     from .tasks import Task, get_task
 
 _HOME = {
     **dict.fromkeys(("Loaded", "load_recipe", "parse_recipe"), "loading"),
     **dict.fromkeys(("packaged_recipes",), "packaged"),
-    **dict.fromkeys(("Job", "Outcome", "preflight", "run"), "running"),
+    **dict.fromkeys(("Job", "preflight"), "preflight"),
+    **dict.fromkeys(("Outcome", "run"), "running"),
     **dict.fromkeys(("Recipe", "Train"), "schema"),
     **dict.fromkeys(("Task", "get_task"), "tasks"),
 }

@@ -1,0 +1,135 @@
+"""Finds and checks everything that a run needs, before any weight is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from onegpu.adapters import OnegpuError, RecipeError, artefact, load_base
+from onegpu.adapters.base import load_options
+from onegpu.adapters.contract import LoadOptions
+from onegpu.adapters.device import Hardware, compute_dtype, detect
+from onegpu.adapters.sources import Source, locate
+
+from .batches import Plan
+from .dataset import Dataset, Split, encode, split_rows
+from .loading import Loaded
+from .tasks import Labels, Reader
+
+__all__ = ["Job", "make_reader", "preflight"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose every part was found and checked; no weight was read."""
+
+    loaded: Loaded
+    source: Source
+    place: str  # what transformers loads from
+    hardware: Hardware
+    options: LoadOptions
+    split: Split
+    reader: Reader
+    dataset: Dataset
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        settings = self.loaded.recipe.train
+        plan = Plan(len(self.dataset.train), settings.effective_batch, settings.seed)
+        return settings.steps or (settings.epochs or 1) * plan.windows_per_epoch
+
+    @property
+    def pad(self) -> int:
+        """Fills up short rows; masked, so any id will do where the tokenizer has none."""
+        tokenizer = self.reader.tokenizer
+        return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
+
+    def load_base(self) -> PreTrainedModel:
+        """Read the base as the recipe wants it."""
+        recipe = self.loaded.recipe
+        model = load_base(
+            self.source,
+            self.loaded.stack,
+            kind=self.loaded.task.kind,
+            labels=self.reader.labels,
+            precision=recipe.train.precision,
+            seed=recipe.train.seed,
+            hardware=self.hardware,
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.pad
+        return model
+
+
+def preflight(loaded: Loaded) -> Job:
+    """Find and check everything that a run needs before any weight is read.
+
+    Raises:
+        RecipeError, DataError: something in the recipe or its data is wrong.
+        Unavailable: a package, a device or a precision is missing.
+    """
+    recipe, task = loaded.recipe, ("task", loaded.task_name)
+    hardware = detect()
+    with loaded.place("train", "precision"):
+        compute_dtype(recipe.train.precision, hardware)
+    with loaded.place("base"):
+        source = locate(recipe.base, revision=recipe.revision, beside=loaded.folder)
+    with loaded.place("revision"):
+        if recipe.revision is not None and source.place is not None:
+            raise RecipeError("only a hub id has revisions, and the base is a file or a folder: leave `revision` out")
+    if recipe.adapter is not None:
+        with loaded.place("adapter"):
+            artefact.read(recipe.adapter)
+    split = split_rows(loaded)
+    with loaded.place("base"):
+        place = source.materialise()
+    kind, precision = loaded.task.kind, recipe.train.precision
+    try:
+        options = load_options(
+            place, loaded.stack, kind=kind, precision=precision, hardware=hardware, revision=source.revision
+        )
+    except OnegpuError as error:
+        with loaded.place("base" if isinstance(error, RecipeError) else "adapters"):
+            raise
+    reader = make_reader(place, loaded, split.labels)
+    with loaded.place(*task):
+        dataset = encode(loaded.task, split, reader)
+    return Job(loaded, source, place, hardware, options, split, reader, dataset)
+
+
+def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
+    """The tokenizer of a base, its stop tokens, and the longest example that recipe and model allow."""
+    revision, task = loaded.recipe.revision, loaded.task
+    with loaded.place("base"):
+        tokenizer = _tokenizer(place, loaded)
+    occupied = sum(named.adapter.positions() for named in loaded.stack)
+    most = AutoConfig.from_pretrained(place, revision=revision).get_text_config().max_position_embeddings - occupied
+    with loaded.place("task", loaded.task_name, "max_length"):
+        if task.max_length is not None and task.max_length > most:
+            raise RecipeError(f"max_length is {task.max_length}, and the model has room for {most} tokens")
+    limit = task.max_length or min(most, tokenizer.model_max_length)
+    return Reader(tokenizer, limit, frozenset(_stops(place, revision, tokenizer)), labels)
+
+
+def _tokenizer(place: str, loaded: Loaded) -> Any:
+    base = loaded.recipe.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=loaded.recipe.revision)
+    except (OSError, ValueError) as cause:
+        reason = str(cause).strip().splitlines()[0]
+        raise RecipeError(f"base {base!r} has no tokenizer that can be read: {reason}") from cause
+    if loaded.task.kind == "causal-lm" and tokenizer.chat_template is None:
+        raise RecipeError(f"base {base!r} has no chat template, so conversations cannot be rendered for it")
+    return tokenizer
+
+
+def _stops(place: str, revision: str | None, tokenizer: Any) -> set[int]:
+    """Tokens at which generation ends: the tokenizer's, and those of the model's generation settings."""
+    found = {tokenizer.eos_token_id}
+    try:
+        configured = GenerationConfig.from_pretrained(place, revision=revision or "main").eos_token_id
+        found |= set(configured) if isinstance(configured, list) else {configured}
+    except OSError:
+        pass  # a base without generation settings has only its tokenizer's
+    return found - {None}
