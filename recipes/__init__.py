@@ -11,9 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .jobs import Job, preflight
     from .loading import Loaded, load_recipe, parse_recipe
     from .packaged import packaged_recipes
-    from .preflight import Job, preflight
     from .running import Outcome, run
     from .schema import Recipe, Train
     from .tasks import Task, get_task
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("Loaded", "load_recipe", "parse_recipe"), "loading"),
     **dict.fromkeys(("packaged_recipes",), "packaged"),
-    **dict.fromkeys(("Job", "preflight"), "preflight"),
+    **dict.fromkeys(("Job", "preflight"), "jobs"),
     **dict.fromkeys(("Outcome", "run"), "running"),
     **dict.fromkeys(("Recipe", "Train"), "schema"),
     **dict.fromkeys(("Task", "get_task"), "tasks"),

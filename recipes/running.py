@@ -23,9 +23,9 @@ from .batches import resolve_micro_batch
 from .checkpoints import read_checkpoint
 from .dataset import describe
 from .display import Display, human_bytes
+from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
-from .preflight import Job, preflight
 from .proofs import Probe, round_trip
 from .runfolder import RunFolder
 from .training import Session, train

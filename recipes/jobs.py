@@ -1,4 +1,4 @@
-"""Finds and checks everything that a run needs, before any weight is read."""
+"""A job: everything that a run needs, found and checked before any weight is read."""
 
 from dataclasses import dataclass
 from typing import Any
