@@ -25,7 +25,7 @@ from . import registry
 from .contract import Adapter, Attachment
 from .errors import ArtefactError, PluginError, nearest
 from .files import atomic_folder, write_json, write_text
-from .fingerprint import Fingerprint, differences, fingerprint
+from .fingerprints import Fingerprint, differences, fingerprint
 from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, read
 from .registry import ADAPTERS
 from .stack import Stack, attach, packed_as

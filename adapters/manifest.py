@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ArtefactError
-from .fingerprint import Fingerprint
+from .fingerprints import Fingerprint
 from .validation import faults
 
 __all__ = ["CONFIG", "MANIFEST", "TENSORS", "AdapterRecord", "BaseRecord", "Manifest", "Saved", "card", "read"]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from . import registry
 from .contract import Adapter, Attachment, Context, Rate
 from .errors import RecipeError, StackError
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprints import Fingerprint, fingerprint
 from .frozen_linear import FrozenLinear
 from .registry import ADAPTERS, Entry
 from .structure import Layers, head_modules

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.adapters import ProofFailed, Stack
-from onegpu.adapters.fingerprint import Fingerprint, differences
+from onegpu.adapters.fingerprints import Fingerprint, differences
 
 from .tasks import Batch, Task
 

@@ -17,7 +17,7 @@ from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, artefa
 from onegpu.adapters.base import footprint
 from onegpu.adapters.device import grad_scaler
 from onegpu.adapters.files import write_json
-from onegpu.adapters.fingerprint import differences, fingerprint
+from onegpu.adapters.fingerprints import differences, fingerprint
 
 from .batches import resolve_micro_batch
 from .checkpoints import read_checkpoint

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from onegpu.adapters import DeviceError, Interrupted, ProofFailed, Stack
 from onegpu.adapters.device import peak_memory
-from onegpu.adapters.fingerprint import Fingerprint
+from onegpu.adapters.fingerprints import Fingerprint
 
 from .batches import Plan, micro_batches
 from .checkpoints import write_checkpoint

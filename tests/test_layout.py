@@ -153,3 +153,14 @@ def test_public_names_exist_and_listing_needs_no_torch() -> None:
         "[getattr(m, n) for m in (a, r) for n in m.__all__]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_module_is_called_like_a_function_it_defines() -> None:
+    # Re-exported from its package, such a function would hide the module.
+    guilty = [
+        path.name
+        for path in SOURCES
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == path.stem
+    ]
+    assert not guilty

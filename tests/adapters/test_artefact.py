@@ -32,7 +32,7 @@ from onegpu.adapters import (
     save,
 )
 from onegpu.adapters.artefact import confirm, fill, read
-from onegpu.adapters.fingerprint import fingerprint
+from onegpu.adapters.fingerprints import fingerprint
 from onegpu.adapters.lora import LoRA
 from onegpu.adapters.quantised import NF4
 

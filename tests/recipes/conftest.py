@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the a cat dog sun rain goal ball stocks rise fall bank team wins loses again and of in at".split()
+WORDS = ["the", "a", "cat", "dog", "sun", "rain", "goal", "ball", "stocks", "rise", "fall", "bank", "team", "wins"]
+WORDS += ["loses", "again", "and", "of", "in", "at"]
 CONVERSATIONS = [
     [("Hi", "Hello."), ("Who?", "Me.")],
     [("One?", "Two, three.")],
@@ -304,3 +306,34 @@ def onegpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return code, out, err
 
     return call
+
+
+class _Distribution(metadata.Distribution):
+    """A distribution that is installed nowhere."""
+
+    def __init__(self, name: str) -> None:
+        self.text = f"Name: {name}\nVersion: 1.0\n"
+
+    def read_text(self, filename: str) -> str | None:
+        return self.text if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """`declare("onegpu.adapters", "toy", "toy_package:Toy")`: an entry point of a distribution `other`, beside all."""
+    real = metadata.entry_points
+    made: list[metadata.EntryPoint] = []
+
+    def found(*, group: str) -> list[metadata.EntryPoint]:
+        return [*real(group=group), *(point for point in made if point.group == group)]
+
+    def add(group: str, name: str, value: str) -> None:
+        point = metadata.EntryPoint(name, value, group)
+        vars(point).update(dist=_Distribution("other"))
+        made.append(point)
+
+    monkeypatch.setattr(metadata, "entry_points", found)
+    return add

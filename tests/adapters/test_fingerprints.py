@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onegpu.adapters import attach
-from onegpu.adapters.fingerprint import differences, fingerprint
+from onegpu.adapters.fingerprints import differences, fingerprint
 from onegpu.adapters.frozen_linear import FrozenLinear
 
 Fresh = Callable[..., PreTrainedModel]

@@ -1,0 +1,411 @@
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
+
+from onegpu.adapters import DataError, load, load_base
+from onegpu.recipes import Loaded, Outcome
+from onegpu.recipes.tasks import Example, Reader, RowProblem
+from onegpu.recipes.tasks.chat import Chat, answer, render
+
+IGNORED = -100
+START, END = 0, 1  # <|im_start|> and <|im_end|>, which is the padding too
+CHAT = Chat(data="rows.jsonl")
+
+Conversation = list[dict[str, str]]
+Messages = Callable[..., Conversation]
+MakeReader = Callable[..., Reader]
+
+
+@pytest.fixture
+def reader_of(reader: Reader) -> MakeReader:
+    """`reader_of(template, limit=20)`: the reader with another chat template."""
+
+    def build(template: str | None = None, **changes: Any) -> Reader:
+        tokenizer = copy.deepcopy(reader.tokenizer)
+        if template is not None:
+            tokenizer.chat_template = template
+        return replace(reader, tokenizer=tokenizer, **changes)
+
+    return build
+
+
+@pytest.fixture
+def model(chat_base: Path) -> PreTrainedModel:
+    """The tiny chat base, float32, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(chat_base)
+
+
+def _encode(messages: Sequence[Any], reader: Reader, **settings: Any) -> Example:
+    return Chat(data="rows.jsonl", **settings).encode(7, {"messages": messages}, reader)
+
+
+def _supervised(example: Example, reader: Reader) -> str:
+    """The text that carries loss, as the model would have to write it."""
+    assert all(label in (IGNORED, token) for label, token in zip(example.labels, example.ids, strict=True))
+    return str(reader.tokenizer.decode([label for label in example.labels if label != IGNORED]))
+
+
+# --- which tokens are supervised --------------------------------------------------------------------------------------
+
+
+def test_exactly_the_answers_and_the_ends_of_their_turns_are_supervised(messages: Messages, reader: Reader) -> None:
+    talk = messages(("Hi", "Hello there."), ("Who?", "Me, ß – 你."), ("A", "B"))
+    assert _supervised(_encode(talk, reader), reader) == "Hello there.<|im_end|>Me, ß – 你.<|im_end|>B<|im_end|>"
+
+
+def test_only_the_last_answer_is_supervised_where_that_is_asked_for(messages: Messages, reader: Reader) -> None:
+    talk = messages(("Hi", "Hello."), ("Who?", "Me."))
+    example = _encode(talk, reader, supervise="last")
+    assert _supervised(example, reader) == "Me.<|im_end|>"
+    assert example.ids == _encode(talk, reader).ids
+
+
+def test_a_system_prompt_is_read_and_not_supervised(messages: Messages, reader: Reader) -> None:
+    example = _encode(messages(("Hi", "Hello."), system="Be kind."), reader)
+    assert "Be kind." in reader.tokenizer.decode(example.ids)
+    assert _supervised(example, reader) == "Hello.<|im_end|>"
+
+
+def test_a_question_after_the_last_answer_is_not_supervised(messages: Messages, reader: Reader) -> None:
+    talk = [*messages(("Hi", "Hello.")), {"role": "user", "content": "Bye"}]
+    assert _supervised(_encode(talk, reader), reader) == "Hello.<|im_end|>"
+
+
+def test_the_same_text_is_supervised_only_where_the_assistant_says_it(messages: Messages, reader: Reader) -> None:
+    example = _encode(messages(("Same", "Same"), ("Same", "Same")), reader)
+    text = [
+        reader.tokenizer.decode([token])
+        for token, label in zip(example.ids, example.labels, strict=True)
+        if label == IGNORED
+    ]
+    assert "".join(text).count("Same") == 2
+    assert _supervised(example, reader) == "Same<|im_end|>" * 2
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_the_prompt_of_a_chat_is_the_beginning_of_what_was_trained_on(
+    messages: Messages, reader: Reader, turn: int
+) -> None:
+    talk = messages(("Hi", "Hello."), ("Who?", "Me."), system="Be kind.")
+    ids = _encode(talk, reader).ids
+    prompt = render(reader.tokenizer, talk[: 2 + 2 * turn], prompt=True)
+    assert ids[: len(prompt)] == prompt
+    assert reader.tokenizer.decode(ids[len(prompt) :]).startswith(talk[2 + 2 * turn]["content"])
+
+
+def test_a_template_that_marks_answers_itself_makes_no_difference(messages: Messages, reader_of: MakeReader) -> None:
+    plain = reader_of()
+    marked = reader_of(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
+        "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    talk = messages(("Hi", "Hello."), ("Who?", "Me."))
+    assert _encode(talk, marked) == _encode(talk, plain)
+
+
+class _Wrapping:
+    """A tokenizer whose results are BatchEncodings of lists, as real ones give; `dict(...)` of them would differ."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, text: str, **options: Any) -> BatchEncoding:
+        return BatchEncoding({"input_ids": list(self._inner(text, **options)["input_ids"])})
+
+
+def test_a_tokenizer_that_returns_its_own_kind_of_mapping_gives_the_same(messages: Messages, reader: Reader) -> None:
+    talk = messages(("Hi", "Hello."))
+    assert _encode(talk, replace(reader, tokenizer=_Wrapping(reader.tokenizer))) == _encode(talk, reader)
+
+
+# --- padding and ends -------------------------------------------------------------------------------------------------
+
+
+def test_padding_is_masked_by_length_although_it_is_the_end_token(messages: Messages, reader: Reader) -> None:
+    assert reader.tokenizer.pad_token_id == reader.tokenizer.eos_token_id == END
+    examples = [_encode(messages(("Hi", text)), reader) for text in ("A", "A much longer answer", "Medium")]
+    batch = CHAT.collate(examples, END)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    for row, example in enumerate(examples):
+        length = len(example.ids)
+        assert batch["labels"][row].tolist() == example.labels + [IGNORED] * (batch["labels"].shape[1] - length)
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
+        last = int((batch["labels"][row] != IGNORED).nonzero()[-1])
+        assert batch["labels"][row, last] == END
+
+
+def test_the_first_token_is_never_a_label(messages: Messages, reader_of: MakeReader) -> None:
+    # It has no prediction: counted as supervised, it would be in the weight and not in the sum.
+    bare = reader_of(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    example = _encode(messages(("Hi", "abc")), bare)
+    assert example.labels == [IGNORED, *example.ids[1:]]
+    assert example.supervised == 3
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] if loop.last or m['role'] != 'assistant' else m['content'].split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_and_the_token_named(
+    messages: Messages, reader_of: MakeReader
+) -> None:
+    reader = reader_of(THINKING)
+    talk = messages(("Hi", "<think>hm</think>Hello."), ("Who?", "Me."))
+    at = len(render(reader.tokenizer, talk[:1], prompt=True))
+    with pytest.raises(
+        DataError, match=rf"turn 1: .*not a prefix of the conversation from token {at} on .*'<th' became 'Hel'"
+    ):
+        _encode(talk, reader)
+
+
+def test_the_last_turn_of_such_a_template_can_be_supervised(messages: Messages, reader_of: MakeReader) -> None:
+    reader = reader_of(THINKING)
+    talk = messages(("Hi", "<think>hm</think>Hello."), ("Who?", "<think>me</think>Me."))
+    assert _supervised(_encode(talk, reader, supervise="last"), reader) == "<think>me</think>Me.<|im_end|>"
+
+
+def test_a_template_that_ends_a_turn_without_a_stop_token_is_refused(messages: Messages, reader_of: MakeReader) -> None:
+    plain = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(
+        DataError, match=r"turn 1: .*stop token \('<\|im_end\|>'\), so the model would not learn to stop"
+    ):
+        _encode(messages(("Hi", "Hello.")), reader_of(plain))
+
+
+def test_a_stop_token_of_the_generation_settings_counts(messages: Messages, reader: Reader) -> None:
+    (newline,) = reader.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    example = _encode(messages(("Hi", "Hello.")), replace(reader, stops=frozenset({newline})))
+    assert _supervised(example, reader) == "Hello.<|im_end|>\n"
+
+
+def test_a_template_that_begins_twice_is_refused(messages: Messages, reader_of: MakeReader) -> None:
+    with pytest.raises(DataError, match=r"begins with '<\|im_start\|>' twice"):
+        _encode(messages(("Hi", "Hello.")), reader_of("{{ bos_token }}" + reader_of().tokenizer.chat_template))
+
+
+def test_a_tokenizer_that_adds_a_beginning_adds_none_to_the_templates(
+    messages: Messages, reader_of: MakeReader
+) -> None:
+    reader = reader_of()
+    reader.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+    )
+    assert reader.tokenizer("x")["input_ids"][0] == START  # it would
+    ids = _encode(messages(("Hi", "Hello.")), reader).ids
+    assert ids[0] == START
+    assert ids[1] != START
+
+
+@pytest.mark.parametrize(
+    ("talk", "told"),
+    [
+        ([], "`messages` is empty"),
+        ("Hello", "must be a list"),
+        ([{"role": "user"}], "must be a list"),
+        (["Hello"], "must be a list"),
+        (None, "must be a list"),
+        ([{"role": "user", "content": "Hi"}], "no assistant turn"),
+        ([{"role": "assistant", "content": "Hi"}], "begins with the assistant"),
+        (
+            [
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hi"},
+            ],
+            "begins with the assistant",
+        ),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_a_problem_of_that_row(talk: Any, told: str, reader: Reader) -> None:
+    with pytest.raises(RowProblem, match=told):
+        _encode(talk, reader)
+
+
+def test_a_row_that_the_template_refuses_is_a_problem_of_that_row(messages: Messages, reader_of: MakeReader) -> None:
+    reader = reader_of("{{ raise_exception('Roles must alternate\nreally') }}")
+    with pytest.raises(RowProblem, match=r"the chat template refuses it: Roles must alternate$"):
+        _encode(messages(("Hi", "Hello.")), reader)
+
+
+# --- long conversations -----------------------------------------------------------------------------------------------
+
+
+def test_a_long_conversation_is_an_error_unless_told_otherwise(messages: Messages, reader_of: MakeReader) -> None:
+    talk = messages(("Hi", "Hello."))
+    length = len(_encode(talk, reader_of()).ids)
+    assert len(_encode(talk, reader_of(limit=length)).ids) == length
+    with pytest.raises(DataError, match=rf"row 7 has {length} tokens and max_length is {length - 1}: raise max_length"):
+        _encode(talk, reader_of(limit=length - 1))
+
+
+def test_a_long_conversation_can_be_dropped(messages: Messages, reader_of: MakeReader) -> None:
+    with pytest.raises(RowProblem, match="tokens, above 20"):
+        _encode(messages(("Hi", "Hello.")), reader_of(limit=20), too_long="drop")
+
+
+def test_a_long_conversation_can_be_cut(messages: Messages, reader_of: MakeReader) -> None:
+    talk = messages(("Hi", "Hello."))
+    whole = _encode(talk, reader_of())
+    limit = len(whole.ids) - 4
+    cut = _encode(talk, reader_of(limit=limit), too_long="truncate")
+    assert (cut.ids, cut.labels) == (whole.ids[:limit], whole.labels[:limit])
+
+
+def test_a_cut_that_leaves_nothing_to_learn_is_a_problem_of_the_row(messages: Messages, reader_of: MakeReader) -> None:
+    with pytest.raises(RowProblem, match="no supervised token is left after truncation"):
+        _encode(messages(("A question that is long", "Hello.")), reader_of(limit=10), too_long="truncate")
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+def _dense(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class _WithoutChoice(nn.Module):
+    """A model that gives all logits whether one wants them or not."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, _WithoutChoice], ids=["chosen logits", "all logits"])
+def test_the_objective_is_the_dense_cross_entropy(
+    model: PreTrainedModel, rows: list[dict[str, Any]], reader: Reader, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    examples = [CHAT.encode(n, row, reader) for n, row in enumerate(rows)]
+    assert len({len(example.ids) for example in examples}) > 3
+    batch = CHAT.collate(examples, END)
+    expected = _dense(model, batch)
+    expected_gradients = _gradients(model, expected)
+    objective = CHAT.objective(wrap(model), batch)
+    assert objective.weight == sum(example.supervised for example in examples)
+    assert objective.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = _gradients(model, objective.total)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).norm() <= 1e-5 * expected_gradients[name].norm(), name
+
+
+def test_the_objective_is_the_same_whatever_fills_up_the_rows(
+    model: PreTrainedModel, rows: list[dict[str, Any]], reader: Reader
+) -> None:
+    examples = [CHAT.encode(n, row, reader) for n, row in enumerate(rows)]
+    totals = [CHAT.objective(model, CHAT.collate(examples, pad)).total.item() for pad in (END, 77)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+
+
+def test_low_precision_logits_are_widened_before_the_loss(
+    model: PreTrainedModel, rows: list[dict[str, Any]], reader: Reader
+) -> None:
+    batch = CHAT.collate([CHAT.encode(0, rows[0], reader)], END)
+    assert CHAT.objective(model.bfloat16(), batch).total.dtype == torch.float32
+
+
+def test_tokens_that_the_model_would_have_said_are_counted(
+    model: PreTrainedModel, rows: list[dict[str, Any]], reader: Reader
+) -> None:
+    batch = CHAT.collate([CHAT.encode(n, row, reader) for n, row in enumerate(rows)], END)
+    with torch.no_grad():
+        said = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
+    targets = batch["labels"][:, 1:]
+    right = int(((said == targets) & (targets != IGNORED)).sum())
+    counts = CHAT.objective(model, batch).counts
+    assert counts == {"right": right, "tokens": int((targets != IGNORED).sum())}
+    assert CHAT.scores(counts) == {"token_accuracy": right / counts["tokens"]}
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_leaves_the_mode_of_the_model_alone(
+    model: PreTrainedModel, messages: Messages, reader: Reader
+) -> None:
+    for training in (True, False):
+        model.train(training)
+        answer(model, reader, messages(("Hi", "x"))[:1], 2)
+        assert {module.training for module in model.modules()} == {training}
+
+
+def test_an_answer_is_as_long_as_allowed_at_most(model: PreTrainedModel, messages: Messages, reader: Reader) -> None:
+    text = answer(model, reader, messages(("Hi", "x"))[:1], 3)
+    assert (
+        len(reader.tokenizer(text, add_special_tokens=False)["input_ids"]) <= 9
+    )  # three tokens, of a broken character each
+
+
+def test_a_demonstration_asks_the_last_question_of_a_row(
+    model: PreTrainedModel, messages: Messages, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def note(model: Any, reader: Reader, before: Sequence[Any], tokens: int) -> str:
+        asked.extend(before)
+        return "said"
+
+    monkeypatch.setattr("onegpu.recipes.tasks.chat.answer", note)
+    talk = messages(("Hi", "Hello."), ("Who?", "Me."))
+    assert CHAT.demonstrate(model, reader, {"messages": talk}) == ("Who?", "said")
+    assert asked == talk[:3]
+
+
+def test_an_overfitted_model_gives_the_trained_answers_and_stops_by_itself(
+    chat_recipe: Callable[..., Loaded],
+    run: Callable[..., Outcome],
+    jsonl: Callable[..., Path],
+    messages: Messages,
+    reader: Reader,
+    chat_base: Path,
+) -> None:
+    talks = [messages(pair) for pair in (("a", "Yes."), ("b", "No!"), ("c", "Perhaps"), ("d", "7"))]
+    data = jsonl([{"messages": talk} for talk in talks], "four.jsonl")
+    train = {"steps": 80, "effective_batch": 4, "learning_rate": 0.02, "checkpoint_every": None}
+    outcome = run(chat_recipe([{"lora": {"rank": 8}}], task={"data": str(data)}, train=train))
+    model = load_base(str(chat_base), precision="fp32")
+    load(model, outcome.adapter)
+    for talk in talks:
+        assert answer(model, reader, talk[:1], 40) == talk[1]["content"]
+        ids = torch.tensor([render(reader.tokenizer, talk[:1], prompt=True)])
+        generate: Any = model.generate
+        out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert out[0, -1] == END
+        assert out.shape[1] - ids.shape[1] < 40

@@ -1,0 +1,148 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onegpu.adapters import DataError, OnegpuError, RecipeError
+from onegpu.recipes import Loaded, preflight
+from onegpu.recipes.dataset import Dataset, encode, split_rows
+from onegpu.recipes.rows import canonical
+from onegpu.recipes.tasks import Reader
+
+Row = dict[str, Any]
+
+
+def _talk(number: int) -> Row:
+    return {"messages": [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": f"{number}!"}]}
+
+
+ALONE: Row = {"messages": [{"role": "user", "content": "alone"}]}
+
+
+@pytest.fixture
+def of(chat_recipe: Callable[..., Loaded], jsonl: Callable[..., Path]) -> Callable[..., Loaded]:
+    """`of(rows, evaluation=0.2)`: a recipe over these rows."""
+
+    def load(rows: Sequence[Row], *, train: Row | None = None, **task: Any) -> Loaded:
+        return chat_recipe(task={"data": str(jsonl(rows, "these.jsonl"))} | task, train=train)
+
+    return load
+
+
+def _encoded(loaded: Loaded, reader: Reader) -> Dataset:
+    return encode(loaded.task, split_rows(loaded), reader)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_row_is_on_both_sides_even_where_rows_repeat(of: Callable[..., Loaded], share: float, seed: int) -> None:
+    rows = [_talk(i % 20) for i in range(50)]
+    split = split_rows(of(rows, evaluation=share, train={"seed": seed}))
+    train, held_out = ({canonical(row) for row in side.values()} for side in (split.train, split.evaluation))
+    assert train | held_out == {canonical(row) for row in rows}
+    assert train.isdisjoint(held_out)
+    assert len(held_out) == len(split.evaluation) == max(1, round(share * 20))
+
+
+def test_the_split_follows_from_the_seed(of: Callable[..., Loaded]) -> None:
+    rows = [_talk(i) for i in range(40)]
+    sides = [split_rows(of(rows, evaluation=0.2, train={"seed": seed})).evaluation for seed in (0, 0, 1)]
+    assert sides[0] == sides[1] != sides[2]
+
+
+def test_a_file_is_held_out_whole_and_its_rows_are_not_trained_on(
+    of: Callable[..., Loaded], jsonl: Callable[..., Path]
+) -> None:
+    held = jsonl([_talk(3), _talk(99)], "held.jsonl")
+    split = split_rows(of([_talk(i) for i in range(5)], evaluation=str(held)))
+    assert list(split.evaluation.values()) == [_talk(3), _talk(99)]
+    assert list(split.train.values()) == [_talk(i) for i in (0, 1, 2, 4)]
+
+
+def test_none_holds_out_nothing(of: Callable[..., Loaded]) -> None:
+    split = split_rows(of([_talk(0), _talk(1)], evaluation="none"))
+    assert (len(split.train), len(split.evaluation)) == (2, 0)
+
+
+@pytest.mark.parametrize("share", [0, 0.0, 1, 1.0, -0.1, 1.5])
+def test_a_share_outside_of_zero_and_one_is_refused(of: Callable[..., Loaded], share: float) -> None:
+    with pytest.raises(RecipeError, match="a share lies between 0 and 1"):
+        split_rows(of([_talk(0), _talk(1)], evaluation=share))
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(of: Callable[..., Loaded]) -> None:
+    with pytest.raises(DataError, match="no row is left to train on"):
+        split_rows(of([_talk(0), _talk(0)], evaluation=0.5))
+
+
+def test_a_few_unusable_rows_are_dropped_and_listed_by_their_number_in_the_data(
+    of: Callable[..., Loaded], reader: Reader
+) -> None:
+    rows = [_talk(i) for i in range(60)]
+    rows[17] = rows[41] = ALONE
+    dataset = _encoded(of(rows, evaluation=0.3), reader)
+    assert dataset.dropped in ({"no assistant turn": [17, 41]}, {"no assistant turn": [17]})
+    assert 17 not in {example.row for example in (*dataset.train, *dataset.evaluation)}
+
+
+def test_examples_carry_the_number_of_their_row(of: Callable[..., Loaded], reader: Reader) -> None:
+    dataset = _encoded(of([_talk(i) for i in range(30)], evaluation=0.3), reader)
+    assert sorted(e.row for e in (*dataset.train, *dataset.evaluation)) == list(range(30))
+    for example in (*dataset.train, *dataset.evaluation):
+        assert f"{example.row}?" in reader.tokenizer.decode(example.ids)
+
+
+def test_many_unusable_rows_are_refused_with_reasons_and_numbers(of: Callable[..., Loaded], reader: Reader) -> None:
+    rows = [_talk(i) for i in range(20)]
+    for number in (3, 5, 8):
+        rows[number] = {"messages": [{"role": "user", "content": str(number)}]}
+    rows[2] = {"messages": [{"role": "assistant", "content": "me first"}]}
+    with pytest.raises(DataError) as caught:
+        _encoded(of(rows), reader)
+    told = str(caught.value)
+    assert "4 of 20 rows cannot be used" in told
+    assert "no assistant turn (row 3, 5, 8); begins with the assistant: there is nothing to answer (row 2)" in told
+
+
+def test_five_percent_is_where_noise_ends(of: Callable[..., Loaded], reader: Reader) -> None:
+    rows = [_talk(i) for i in range(20)]
+    rows[0] = ALONE
+    assert len(_encoded(of(rows), reader).train) == 19
+    rows[1] = {"messages": []}
+    with pytest.raises(DataError, match="2 of 20"):
+        _encoded(of(rows), reader)
+
+
+def test_only_unusable_rows_are_refused(of: Callable[..., Loaded], reader: Reader) -> None:
+    with pytest.raises(DataError, match="1 of 1 rows cannot be used"):
+        _encoded(of([ALONE]), reader)
+
+
+def test_the_report_counts_what_is_trained_on(of: Callable[..., Loaded], reader: Reader) -> None:
+    dataset = _encoded(of([_talk(i) for i in range(10)], evaluation=0.2), reader)
+    report = dataset.report()
+    lengths = sorted(len(example.ids) for example in dataset.train)
+    assert (report["train_rows"], report["evaluation_rows"], report["dropped"]) == (8, 2, {})
+    assert report["tokens"] == dataset.tokens == sum(lengths)
+    assert report["supervised"] == dataset.supervised == 8 * 3  # a digit, "!" and the end of the turn
+    assert (report["length_max"], report["length_p50"]) == (lengths[-1], lengths[4])
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ({"data": "missing.jsonl"}, "data"),
+        ({"evaluation": "missing.jsonl"}, "evaluation"),
+        ({"evaluation": 3}, "evaluation"),
+    ],
+    ids=str,
+)
+def test_data_at_fault_is_told_with_the_line_that_names_it(
+    chat_recipe: Callable[..., Loaded], task: Row, line: str
+) -> None:
+    loaded = chat_recipe(task=task)
+    with pytest.raises(OnegpuError) as caught:
+        preflight(loaded)
+    assert str(caught.value).startswith(f"{loaded.places['task', 'chat', line]}: ")
+    assert str(caught.value).count("recipe.yaml:") == 1

@@ -1,0 +1,278 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from onegpu.adapters import ProofFailed, Stack, artefact, attach, load_base
+from onegpu.adapters.fingerprints import fingerprint
+from onegpu.recipes import Loaded, Outcome, optimisers, running, training
+from onegpu.recipes.proofs import Probe, StepProof, frozen_base, round_trip
+from onegpu.recipes.training import Session
+
+LORA = {"lora": {"rank": 4}}
+Recipe = Callable[..., Loaded]
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def stack(chat_base: Path) -> Stack:
+    """LoRA on the tiny chat base."""
+    return attach(load_base(str(chat_base), precision="fp32"), [LORA])
+
+
+def _during_steps(monkeypatch: pytest.MonkeyPatch, do: Callable[[Session, dict[str, nn.Parameter]], None]) -> None:
+    """Do something after the gradient of every step was computed."""
+    real = training._accumulate
+
+    def accumulate(s: Session, window: Any, trainable: dict[str, nn.Parameter]) -> tuple[float, float]:
+        found = real(s, window, trainable)
+        do(s, trainable)
+        return found
+
+    monkeypatch.setattr(training, "_accumulate", accumulate)
+
+
+def _failure(run: Run, loaded: Loaded) -> str:
+    with pytest.raises(ProofFailed) as caught:
+        run(loaded)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+# --- frozen base ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_frozen_tensor_that_changes_ends_the_run_and_is_named(
+    at: int, chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def touch(s: Session, trainable: dict[str, nn.Parameter]) -> None:
+        if s.step + 1 == at:
+            with torch.no_grad():
+                s.model.get_parameter("model.layers.1.input_layernorm.weight")[3] += 1e-3
+
+    _during_steps(monkeypatch, touch)
+    told = _failure(run, chat_recipe(train={"steps": 6}))
+    assert told == "the base should be frozen, and it changed: model.layers.1.input_layernorm.weight has other values"
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_a_packed_tensor_that_changes_is_named(chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touch(s: Session, trainable: dict[str, nn.Parameter]) -> None:
+        next(b for n, b in s.model.named_buffers() if n.endswith("packed.values"))[0] ^= 1
+
+    _during_steps(monkeypatch, touch)
+    assert "model.layers.0.self_attn.q_proj.weight has other values" in _failure(run, chat_recipe(["nf4", LORA]))
+
+
+def test_a_base_that_is_declared_to_train_may_change(chat_base: Path) -> None:
+    full = attach(load_base(str(chat_base), precision="fp32"), ["full"])
+    before = fingerprint(full.model)
+    with torch.no_grad():
+        next(iter(full.trainable().values())).add_(1)
+    frozen_base(full, before)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_module_whose_output_is_detached_ends_the_run_and_a_tensor_is_named(
+    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: real(self, x).detach())
+    told = _failure(run, chat_recipe(train={"steps": 5}))
+    assert told.startswith("step proof: model.layers.0.mlp.")
+    assert "had no gradient in 3 steps, and so " in told
+
+
+def test_a_tensor_that_the_optimiser_does_not_step_is_named(
+    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = optimisers.make_optimizer
+
+    def forgetful(settings: Any, groups: Any, trainable: Any) -> torch.optim.Optimizer:
+        optimizer = real(settings, groups, trainable)
+        optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.zeros(1))  # where a stale reference would be
+        return optimizer
+
+    monkeypatch.setattr(running, "make_optimizer", forgetful)
+    assert "q_proj.lora_B.lora had a gradient and did not move in 3 steps" in _failure(
+        run, chat_recipe(train={"steps": 5})
+    )
+
+
+def _step(stack: Stack, proof: StepProof, rate: float, *, frozen: str = "") -> None:
+    """One step by hand, in which the tensors whose names end so stay."""
+    for name, parameter in stack.trainable().items():
+        zero = name.endswith("lora_A.lora") and name in frozenset().union(*(a.may_rest() for a in stack.attachments))
+        parameter.grad = torch.zeros_like(parameter) if zero else torch.ones_like(parameter)
+    proof.before_step(rate)
+    with torch.no_grad():
+        for name, parameter in stack.trainable().items():
+            if not (frozen and name.endswith(frozen)):
+                parameter.sub_(rate * torch.as_tensor(parameter.grad))
+    proof.after_step()
+
+
+def test_a_step_at_a_rate_of_zero_proves_nothing(stack: Stack) -> None:
+    proof = StepProof(stack)
+    for _ in range(5):
+        _step(stack, proof, 0.0)
+    assert (proof.judged, proof.proved) == (0, set())
+    assert proof.verdict() == "too short to judge: 0 of 3 steps with a rate above zero"
+
+
+def test_what_may_rest_in_a_step_is_judged_by_the_next(stack: Stack) -> None:
+    proof = StepProof(stack)
+    _step(stack, proof, 0.1)
+    assert {name.split(".")[-2] for name in proof.proved} == {"lora_B"}
+    _step(stack, proof, 0.1)
+    assert proof.proved == stack.trainable().keys()
+    assert proof.verdict() == f"{len(stack.trainable())} tensors had a gradient and moved"
+
+
+def test_a_tensor_has_three_steps_to_move(stack: Stack) -> None:
+    proof = StepProof(stack)
+    for _ in range(2):
+        _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
+    with pytest.raises(ProofFailed, match=r"layers.1.mlp.up_proj.lora_B.lora had a gradient and did not move in 3"):
+        _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
+
+
+def test_a_run_too_short_to_judge_says_so(chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts: list[str] = []
+
+    def train(session: Session) -> str:
+        verdicts.append(training.train(session))
+        return verdicts[-1]
+
+    monkeypatch.setattr(running, "train", train)
+    run(chat_recipe(train={"steps": 1}), "short")
+    run(chat_recipe(train={"steps": 3}), "long")
+    assert verdicts[0] == "too short to judge: 1 of 3 steps with a rate above zero"
+    assert verdicts[1] == "28 tensors had a gradient and moved"
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def infinite_base(chat_base: Path, tmp_path: Path) -> Path:
+    """The tiny chat base with an infinite weight in layer 1."""
+    folder = tmp_path / "infinite"
+    shutil.copytree(chat_base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("evaluation", ["none", 0.2])
+def test_an_infinite_weight_stops_the_first_step_and_its_module_is_named(
+    evaluation: Any, infinite_base: Path, chat_recipe: Recipe, run: Run, tmp_path: Path
+) -> None:
+    told = _failure(run, chat_recipe(base=infinite_base, task={"evaluation": evaluation}))
+    assert "model.layers.1.mlp.down_proj" in told
+    lines = [json.loads(x) for x in (tmp_path / "out/metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line for line in lines if line["step"] > 0] == []
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_an_infinite_gradient_stops_the_run_and_its_tensor_is_named(
+    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.self_attn.v_proj.lora_B.lora"
+
+    def spoil(s: Session, trainable: dict[str, nn.Parameter]) -> None:
+        grad = trainable[name].grad
+        if s.step == 1 and grad is not None:
+            grad[0, 0] = float("inf")
+
+    _during_steps(monkeypatch, spoil)
+    assert _failure(run, chat_recipe(train={"steps": 5})) == f"step 2: the gradient of {name} is not finite"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("evaluation", ["none", 0.2])
+def test_a_run_that_diverges_is_a_failed_proof_wherever_it_is_noticed(
+    steps: int, evaluation: Any, chat_recipe: Recipe, run: Run, tmp_path: Path
+) -> None:
+    train = {"steps": steps, "optimizer": "sgd", "learning_rate": 1e38, "clip": None, "schedule": "constant"}
+    _failure(run, chat_recipe(task={"evaluation": evaluation}, train=train))
+    assert not (tmp_path / "out/adapter").exists()
+
+
+# --- round trip -------------------------------------------------------------------------------------------------------
+
+
+def _tampering(monkeypatch: pytest.MonkeyPatch, tamper: Callable[[Path], None]) -> None:
+    """Change what was saved before it is proved."""
+    real = artefact.save
+
+    def save(stack: Any, folder: Any, **options: Any) -> None:
+        real(stack, folder, **options)
+        tamper(Path(folder) / "adapter_model.safetensors")
+
+    monkeypatch.setattr(artefact, "save", save)
+
+
+def _other_value(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"] += 0.1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _missing_key(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _half_a_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("tamper", [_other_value, _missing_key, _half_a_file, Path.unlink])
+def test_what_was_saved_wrongly_is_kept_aside_and_named(
+    tamper: Callable[[Path], None], chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _tampering(monkeypatch, tamper)
+    told = _failure(run, chat_recipe(train={"checkpoint_every": None}))
+    aside = tmp_path / "out/adapter-unproved"
+    assert told.endswith(f"(kept aside as {aside})")
+    assert (aside / "manifest.json").is_file()
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_the_measured_error_of_the_round_trip_is_in_the_manifest(chat_recipe: Recipe, run: Run) -> None:
+    outcome = run(chat_recipe())
+    probe = json.loads((outcome.adapter / "manifest.json").read_text("utf-8"))["run"]["probe"]
+    assert probe["round_trip_error"] == outcome.round_trip_error == 0.0
+    assert len(probe["logits"]) == len(probe["top"]) == 8
+    assert probe["logits"] == sorted(probe["logits"], reverse=True)
+
+
+@pytest.mark.parametrize("change", [1e-2, float("nan"), float("inf")])
+def test_a_model_with_other_logits_is_another_model(stack: Stack, change: float) -> None:
+    probe = Probe.of(stack.model, [0, 5, 9, 1])
+    assert round_trip(probe, stack.model) == 0.0
+    with torch.no_grad():
+        stack.model.get_parameter("model.norm.weight").mul_(1 + change)
+    with pytest.raises(ProofFailed, match="gives other logits"):
+        round_trip(probe, stack.model)
+
+
+def test_probing_leaves_the_modes_of_the_modules_alone(stack: Stack) -> None:
+    stack.model.train()
+    stack.model.get_submodule("model.layers.0").eval()
+    modes = [module.training for module in stack.model.modules()]
+    Probe.of(stack.model, [0, 5, 9, 1])
+    assert [module.training for module in stack.model.modules()] == modes

@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import pytest
+
+from onegpu.adapters import RecipeError
+from onegpu.recipes.runfolder import RunFolder
+
+RECIPE = "adapters:\n- lora:\n    name: a\n    rank: 2\n- lora:\n    name: b\n    rank: 4\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """An open run folder."""
+    folder = RunFolder(tmp_path / "deep/run")
+    folder.open(RECIPE, resume=False)
+    return folder
+
+
+def test_opening_makes_the_folder_and_keeps_the_recipe(folder: RunFolder) -> None:
+    assert folder.recipe.read_text("utf-8") == RECIPE
+
+
+def test_checking_writes_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").check(RECIPE, resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
+    RunFolder(tmp_path).check(RECIPE, resume=False)
+
+
+def test_a_folder_in_use_is_refused_unless_resumed(folder: RunFolder) -> None:
+    with pytest.raises(RecipeError, match=r"exists already; give another folder with -o, or go on with --resume"):
+        folder.open(RECIPE, resume=False)
+    folder.open(RECIPE, resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_is_no_run_is_refused(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RecipeError, match="exists already" if not resume else "not the folder of a run"):
+        RunFolder(tmp_path).check(RECIPE, resume=resume)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    for resume in (True, False):
+        with pytest.raises(RecipeError):
+            RunFolder(tmp_path / "run").check(RECIPE, resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (RECIPE.replace("rank: 2", "rank: 3"), ["- rank: 2", "+ rank: 3"]),
+        (RECIPE + "base: x\n", ["+ base: x"]),
+        (
+            RECIPE.replace("rank: 2", "rank: 0").replace("rank: 4", "rank: 2").replace("rank: 0", "rank: 4"),
+            ["rank: 2", "rank: 4"],
+        ),
+    ],
+    ids=["a value", "a key", "two values changed places"],
+)
+def test_another_recipe_is_refused_and_the_change_named(folder: RunFolder, changed: str, told: list[str]) -> None:
+    with pytest.raises(RecipeError, match="another recipe") as caught:
+        folder.check(changed, resume=True)
+    for line in told:
+        assert line in str(caught.value)
+
+
+def test_the_latest_checkpoint_is_the_highest_complete_one(folder: RunFolder) -> None:
+    assert folder.latest_checkpoint() is None
+    for name in ("step-000009", "step-000010", ".step-000011.partial"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    assert folder.latest_checkpoint() == folder.checkpoint(10)
+
+
+def test_all_but_two_checkpoints_are_dropped(folder: RunFolder) -> None:
+    for step in (2, 4, 10):
+        folder.checkpoint(step).mkdir(parents=True)
+    folder.drop_old_checkpoints()
+    assert sorted(folder.checkpoints.iterdir()) == [folder.checkpoint(4), folder.checkpoint(10)]
+
+
+def test_records_are_read_back_without_a_broken_last_line(folder: RunFolder) -> None:
+    folder.record(step=1, loss=0.1)
+    folder.record(step=2, loss=0.2)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 3')
+    assert list(folder.records()) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(2, [0, 1, 2, 2]), (1, [0, 1]), (0, []), (9, [0, 1, 2, 2, 3])])
+def test_rewinding_forgets_what_will_be_done_again(folder: RunFolder, step: int, kept: list[int]) -> None:
+    for number in (0, 1, 2, 2, 3):
+        folder.record(step=number)
+    folder.rewind(step)
+    assert [record["step"] for record in folder.records()] == kept
+
+
+def test_a_run_is_finished_when_its_manifest_is_there(folder: RunFolder) -> None:
+    folder.adapter.mkdir()
+    assert not folder.finished
+    (folder.adapter / "manifest.json").touch()
+    assert folder.finished
