@@ -125,7 +125,8 @@ class RowsInt8(PackedWeight):
         self.shape = (self.values.shape[0], self.values.shape[1])
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        return (self.values * self.scales[:, None]).to(dtype)
+        # Widened first: torch multiplies int8 by float32 element by element, fifteen times slower on a CPU.
+        return self.values.float().mul_(self.scales[:, None]).to(dtype)
 
 
 class Blocks4Bit(PackedWeight):

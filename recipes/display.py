@@ -1,5 +1,6 @@
 """What a run says while it runs: lines, and a progress bar on a terminal."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 __all__ = ["Display", "human_bytes"]
 
+LABEL_WIDTH = 10
 LINES_WITHOUT_TERMINAL = 10  # progress lines of a run whose output goes to a file
 
 
@@ -21,10 +23,13 @@ class Display:
         self._progress: Progress | None = None
 
     def line(self, label: str, text: str) -> None:
-        """One fact: a label in a column of its own, then text."""
-        self.console.print(
-            f"[bold]{escape(f'{label:<10}')}[/bold]{escape(text)}", soft_wrap=not self.console.is_terminal
-        )
+        """One fact: a label in a column of its own, then text; a terminal wraps it beside the label."""
+        parts = text.splitlines() or [""]
+        if self.console.is_terminal:
+            width = max(20, self.console.width - LABEL_WIDTH)
+            parts = [wrapped for part in parts for wrapped in textwrap.wrap(part, width) or [""]]
+        body = f"\n{'':<{LABEL_WIDTH}}".join(parts)
+        self.console.print(f"[bold]{escape(f'{label:<{LABEL_WIDTH}}')}[/bold]{escape(body)}", soft_wrap=True)
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator["Steps"]:
@@ -38,7 +43,7 @@ class Display:
             TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=self.console, expand=True) as progress:
+        with Progress(*columns, console=self.console, expand=True, refresh_per_second=2) as progress:
             yield Steps(self, steps, progress, progress.add_task("", total=steps, completed=done))
 
 

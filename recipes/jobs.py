@@ -104,7 +104,9 @@ def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
     with loaded.place("base"):
         tokenizer = _tokenizer(place, loaded)
     occupied = sum(named.adapter.positions() for named in loaded.stack)
-    most = AutoConfig.from_pretrained(place, revision=revision).get_text_config().max_position_embeddings - occupied
+    config = AutoConfig.from_pretrained(place, revision=revision).get_text_config()
+    # Models with relative positions (T5) state no bound; there the tokenizer's is the only one.
+    most = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - occupied
     with loaded.place("task", loaded.task_name, "max_length"):
         if task.max_length is not None and task.max_length > most:
             raise RecipeError(f"max_length is {task.max_length}, and the model has room for {most} tokens")

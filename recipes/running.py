@@ -173,10 +173,14 @@ def _restore(session: Session, data: dict[str, Any], *, resume: bool) -> None:
 
 
 def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the manifest says about the run. No times and no paths: equal runs write equal bytes."""
+    """What the manifest says about the run. No times, and files by their names only: equal runs write equal bytes."""
     settings = job.loaded.recipe.train
+    task = job.loaded.task.model_dump()
+    files = {
+        key: Path(value).name for key, value in task.items() if isinstance(value, str) and Path(value).is_absolute()
+    }
     return {
-        "task": {job.loaded.task_name: job.loaded.task.model_dump()},
+        "task": {job.loaded.task_name: task | files},
         "train": settings.model_dump(),
         "data": {"fingerprint": job.split.fingerprint, **job.dataset.report()},
         "labels": list(job.reader.labels) if job.reader.labels else None,

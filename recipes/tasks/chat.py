@@ -42,7 +42,7 @@ class Chat(Task):
         messages = _messages(row["messages"])
         ids, limit = render(reader.tokenizer, messages), reader.limit
         supervised = [IGNORED] * len(ids)
-        for start, end in _spans(reader, messages, ids, last_only=self.supervise == "last"):
+        for start, end in _spans(reader, messages, ids, number, last_only=self.supervise == "last"):
             supervised[start:end] = ids[start:end]
         if len(ids) > limit:
             if self.too_long == "error":
@@ -143,7 +143,7 @@ def _messages(value: Any) -> list[Message]:
 
 
 def _spans(
-    reader: Reader, messages: Sequence[Message], ids: Sequence[int], *, last_only: bool
+    reader: Reader, messages: Sequence[Message], ids: Sequence[int], number: int, *, last_only: bool
 ) -> list[tuple[int, int]]:
     """(start, end) of the supervised tokens of each assistant turn."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -154,25 +154,26 @@ def _spans(
     tokenizer = reader.tokenizer
     spans = []
     for turn in turns[-1:] if last_only else turns:
+        place = f"row {number}, turn {turn}"
         before = render(tokenizer, messages[:turn], prompt=True)
         after = render(tokenizer, messages[: turn + 1])
-        _check_prefix(before, after, tokenizer, turn)
-        _check_prefix(after, ids, tokenizer, turn)
+        _check_prefix(before, after, tokenizer, place)
+        _check_prefix(after, ids, tokenizer, place)
         ends = [i for i in range(len(before), len(after)) if ids[i] in reader.stops]
         if not ends:
             raise DataError(
-                f"turn {turn}: the chat template does not end an answer with a stop token "
+                f"{place}: the chat template does not end an answer with a stop token "
                 f"({tokenizer.decode(sorted(reader.stops))!r}), so the model would not learn to stop"
             )
         spans.append((len(before), ends[-1] + 1))
     return spans
 
 
-def _check_prefix(prefix: Sequence[int], whole: Sequence[int], tokenizer: Any, turn: int) -> None:
+def _check_prefix(prefix: Sequence[int], whole: Sequence[int], tokenizer: Any, place: str) -> None:
     if list(whole[: len(prefix)]) != list(prefix):
         at = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), len(whole))
         was, became = (tokenizer.decode(ids[at : at + 3]) for ids in (prefix, whole))
         raise DataError(
-            f"turn {turn}: the rendered prompt is not a prefix of the conversation from token {at} on ({was!r} became "
+            f"{place}: the rendered prompt is not a prefix of the conversation from token {at} on ({was!r} became "
             f"{became!r}): the chat template rewrites earlier turns. Use `supervise: last`, or split the conversation"
         )

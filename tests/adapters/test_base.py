@@ -188,6 +188,7 @@ def test_loading_options_are_changed_in_the_order_of_the_stack(tiny: dict[str, P
 
 def test_loading_is_quiet_and_leaves_the_log_level_as_it_was(fresh: Fresh, capfd: pytest.CaptureFixture[str]) -> None:
     transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()  # whatever another test or the environment left
     fresh("plain", "nf4", kind="sequence-classification", labels=["a", "b"])
     assert capfd.readouterr() == ("", "")
     assert transformers.logging.get_verbosity() == logging.WARNING
