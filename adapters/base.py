@@ -15,7 +15,7 @@ from .errors import RecipeError
 from .frozen_linear import FrozenLinear
 from .quiet import quietly
 from .sources import Source, locate
-from .stack import Named, Spec, build
+from .stack import Named, Spec, build, check_family
 from .structure import head_modules, output_embeddings
 
 __all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]
@@ -100,6 +100,7 @@ def load_options(
     output = output_embeddings(skeleton)
     # A packed head could not be trained, and packed logits are coarse.
     keep = (*head_modules(skeleton), *([output] if output else []))
+    check_family(stack, skeleton)
     for named in stack:
         named.adapter.check(skeleton)
         options = named.adapter.load_options(options, keep)

@@ -8,11 +8,12 @@ adapters compose into a stack:
     attach         on the model in memory       lora, prefix, full
     rates          when the optimiser is built  layerwise-lr
 
-Attaching gives an *attachment*: one live, named instance that owns everything about that instance.
+Attaching gives an *attachment*: one live, named instance that owns everything about that instance. The suite in
+`conformance.py` proves what an adapter declares.
 """
 
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,21 +25,33 @@ from .errors import StackError
 from .registry import API
 from .structure import Layers
 
-__all__ = ["API", "Adapter", "Attachment", "Capabilities", "Context", "LoadOptions", "Rate"]
+__all__ = ["API", "Adapter", "Attachment", "Capabilities", "Context", "Cost", "LoadOptions", "Rate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What an adapter declares about itself. Read before weights are; never probed."""
+    """What an adapter declares about itself. Read before weights are; never probed, but proved by the suite."""
 
     trains: bool = True  # adds or frees tensors; False for a change of loading or of rates
     base_frozen: bool = True  # the base's bytes are the same after training
     identity_at_start: bool = True  # a fresh one leaves the base's outputs as they are
     quantised_bases: bool = True  # works on a base whose linears are packed
+    half_bases: bool = True  # works on a bf16 or fp16 base
     quantises: bool = False  # packs the linears of the base
     mergeable: bool = False  # can be folded into float weights
     peft_readable: bool = False  # stock PEFT can read what it saves
+    encoders: bool = True  # works on a model that only encodes (BERT)
+    decoders: bool = True  # works on a model that only decodes (Llama)
     encoder_decoder: bool = True  # works on a model with an encoder and a decoder
+    checkpointing: bool = True  # gives the same gradients under gradient checkpointing
+    packing: bool = True  # sequences packed into one row do not see each other
+    row_by_row: bool = True  # what it gives for a row does not depend on the other rows of its batch
+    several: bool = True  # two instances work on one model
+    reasons: Mapping[str, str] = field(default_factory=dict)  # capability -> why it is as it is, for messages
+
+    def because(self, capability: str) -> str:
+        """`: the reason`, where one is given."""
+        return f": {self.reasons[capability]}" if capability in self.reasons else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +71,16 @@ class Rate:
 
     multiplier: float = 1.0  # of the scheduled learning rate
     weight_decay: float = 0.0
+    role: str = field(default="", compare=False)  # what the tensor is to its method, from `Attachment.roles`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Bytes that an adapter adds to a run, by kind."""
+
+    weights: int = 0  # its own tensors, frozen ones too
+    gradients: int = 0  # of what it trains, at one time
+    optimizer: int = 0  # AdamW's two moments of what it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +91,9 @@ class Context:
     layers: Layers
     seed: int = 0
     tokenizer: Any = None
+    samples: Sequence[
+        Mapping[str, Tensor]
+    ] = ()  # a few batches as the model takes them, for a start that looks at data
     fresh: bool = True  # False when saved values follow: what it starts from does not matter then
 
 
@@ -100,6 +126,30 @@ class Adapter(BaseModel, ABC):
     def rates(self, rates: Mapping[str, Rate], layers: Layers) -> dict[str, Rate]:
         """Change the rates of the trainable tensors, given by name."""
         return dict(rates)
+
+    def cost(self, skeleton: nn.Module) -> Cost:
+        """What it adds to a run, found by attaching it to the model without weights."""
+        before = {id(tensor) for tensor in (*skeleton.parameters(), *skeleton.buffers())}
+        context = Context(name=self.name or "adapter", layers=Layers.of(skeleton), fresh=False)
+        attachment = self.attach(skeleton, context)
+        if attachment is None:
+            return Cost()
+        trained = list(attachment.trainable().values())
+        live = {id(t): t for t in (*skeleton.parameters(), *skeleton.buffers(), *trained)}
+        elements = sum(parameter.numel() for parameter in trained)
+        weights = sum(tensor.nbytes for key, tensor in live.items() if key not in before)
+        attachment.detach()
+        return Cost(weights=weights, gradients=4 * elements, optimizer=8 * elements)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], targets: Sequence[str]) -> "Adapter | None":
+        """This adapter from a configuration that stock PEFT wrote; None when it cannot do what that says.
+
+        Args:
+            config: keys of PEFT's that differ from their defaults.
+            targets: full paths of the modules that PEFT's `target_modules` mean on the model.
+        """
+        return None
 
 
 @dataclass
@@ -135,6 +185,10 @@ class Attachment:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take what `state()` gave."""
 
+    def roles(self) -> dict[str, str]:
+        """What a trainable tensor is to its method (`A`, `B`, ...), for adapters that treat roles differently."""
+        return {}
+
     def enabled(self, on: bool) -> None:
         """Switch the instance off (the base alone) or on again."""
         raise NotImplementedError
@@ -143,7 +197,10 @@ class Attachment:
         """Called before the window of optimiser step `step` (layer sampling)."""
 
     def after_backward(self, step: int) -> None:
-        """Called once per window, when its gradient is complete (rank allocation)."""
+        """Called once per window, when its gradient is complete."""
+
+    def after_step(self, step: int) -> None:
+        """Called when the optimiser has stepped and the gradient is still there (rank allocation)."""
 
     def penalty(self) -> Tensor | None:
         """The method's own term of the loss, once per optimiser step; None for none."""
@@ -155,7 +212,8 @@ class Attachment:
 
     def merge(self) -> None:
         """Fold the change into the base's weights and detach."""
-        raise StackError(f"{self.name}: this method cannot be merged into the base")
+        why = self.adapter.capabilities.because("mergeable")
+        raise StackError(f"{self.name}: this method cannot be merged into the base{why}")
 
     def detach(self) -> None:
         """Take the change out again; a frozen base is then what it was, bit for bit."""

@@ -34,18 +34,25 @@ class PackedWeight(nn.Module, ABC):
         return self
 
 
-class FrozenLinear(nn.Module):
+class FrozenLinear(nn.Linear):
     """y = x Wᵀ + b with W packed and frozen.
 
     Autograd keeps the packed weight, not the dequantised one: the backward pass dequantises again, so that a whole
-    model never exists in floats.
+    model never exists in floats. It is a linear like any other to whoever reads its `weight`, which is made anew at
+    each look: what is written into that is lost, so adapters that would change it declare so.
     """
 
-    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None) -> None:
-        super().__init__()
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype = torch.float32) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.out_features, self.in_features = packed.shape
         self.packed = packed
         self.bias = bias
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # (out, in)
+        """The weight in floats, as a tensor of its own."""
+        return self.packed.dequantise(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         device = x.device.type

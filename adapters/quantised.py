@@ -52,7 +52,8 @@ class _Quantiser(Adapter):
             found = f"is packed as {', '.join(kinds)} already" if kinds else "has no linear that was packed so"
             raise RecipeError(f"{self.kind} cannot be had: the base {found}")
         biases = {layer: dict(layer.named_parameters()).get("bias") for layer in adopted}
-        swap(model, {layer: FrozenLinear(packed, biases[layer]) for layer, packed in adopted.items()})
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        swap(model, {layer: FrozenLinear(packed, biases[layer], dtype) for layer, packed in adopted.items()})
 
 
 class Int8(_Quantiser):

@@ -18,10 +18,10 @@ from .errors import RecipeError, StackError
 from .fingerprints import Fingerprint, fingerprint
 from .frozen_linear import FrozenLinear
 from .registry import ADAPTERS, Entry
-from .structure import Layers, head_modules
+from .structure import Layers, family, head_modules
 from .validation import faults
 
-__all__ = ["Named", "Spec", "Stack", "attach", "build", "check", "get", "packed_as", "rates", "split"]
+__all__ = ["Named", "Spec", "Stack", "attach", "build", "check", "check_family", "get", "packed_as", "rates", "split"]
 
 Spec = str | Mapping[str, Any] | Adapter
 
@@ -113,6 +113,18 @@ def check(stack: Sequence[Named], *, has_head: bool = False) -> None:
         raise StackError("nothing would be trained: add an adapter that trains something, such as lora")
 
 
+def check_family(stack: Sequence[Named], model: nn.Module) -> None:
+    """Refuse adapters that declare that they cannot work on this kind of model; needs no weights.
+
+    Raises:
+        StackError: with the reason.
+    """
+    capability, kind = family(model)
+    for n in stack:
+        if not getattr(n.adapter.capabilities, capability):
+            raise StackError(f"{n.name} cannot work on {kind}{n.adapter.capabilities.because(capability)}")
+
+
 @dataclass
 class Stack:
     """Adapters attached to one model. Owns what is trainable and can be undone."""
@@ -135,7 +147,11 @@ class Stack:
 
         Weight decay leaves out vectors (biases, norms), as usual.
         """
-        found = {name: Rate(weight_decay=weight_decay if p.ndim > 1 else 0.0) for name, p in self.trainable().items()}
+        roles = {name: role for a in self.attachments for name, role in a.roles().items()}
+        found = {
+            name: Rate(weight_decay=weight_decay if p.ndim > 1 else 0.0, role=roles.get(name, ""))
+            for name, p in self.trainable().items()
+        }
         for named in self.named:
             changed = named.adapter.rates(found, self.layers)
             if changed.keys() != found.keys():
@@ -191,6 +207,7 @@ def attach(
     """
     named = build(specs)
     check(named, has_head=bool(head_modules(model)))
+    check_family(named, model)
     _check_model(model, named)
     stack = Stack(model, named, [], Layers.of(model))
     if not all(n.adapter.capabilities.base_frozen for n in named):
@@ -240,10 +257,8 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
                 f"{n.name} packs weights while they are read; load the model with load_base(..., [{n.name!r}])"
             )
         if not capabilities.quantised_bases and packed_as(model) is not None:
-            raise StackError(f"{n.name} cannot work on a base packed as {packed_as(model)}")
-        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if is_encoder_decoder and not capabilities.encoder_decoder:
-            raise StackError(f"{n.name} cannot work on a model with an encoder and a decoder")
+            why = capabilities.because("quantised_bases")
+            raise StackError(f"{n.name} cannot work on a base packed as {packed_as(model)}{why}")
 
 
 def _free_heads_only(stack: Stack) -> None:

@@ -4,19 +4,22 @@ Paths are *logical*: a wrapper that an adapter put around a module is looked thr
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import singledispatch
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .frozen_linear import FrozenLinear
-
 __all__ = [
     "Addition",
     "Layers",
     "Wrapper",
+    "family",
     "head_modules",
+    "inside",
     "linear_shape",
     "linears",
     "modules",
@@ -24,6 +27,7 @@ __all__ = [
     "swap",
     "unwrap",
     "weight",
+    "without_wrappers",
 ]
 
 
@@ -40,10 +44,21 @@ class Addition(nn.Module):
     """A module that an adapter hung beside the base's own ones; not part of the base."""
 
 
+@singledispatch
+def inside(module: object) -> nn.Module | None:
+    """What a wrapper stands in for; None for any other module. Another library's wrappers register themselves."""
+    return None
+
+
+@inside.register
+def _(module: Wrapper) -> nn.Module:
+    return module.base
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The base's own module behind any wrappers."""
-    while isinstance(module, Wrapper):
-        module = module.base
+    while (inner := inside(module)) is not None:
+        module = inner
     return module
 
 
@@ -64,10 +79,30 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, replacements[child])
 
 
+@contextmanager
+def without_wrappers(model: nn.Module) -> Iterator[None]:
+    """The model with our wrappers taken out for a while; whatever stands in a place afterwards, they go around it."""
+    slots = []
+    for parent in [m for m in model.modules() if not isinstance(m, Wrapper)]:
+        for name, outermost in list(parent.named_children()):
+            if isinstance(outermost, Wrapper):
+                innermost = outermost
+                while isinstance(innermost.base, Wrapper):
+                    innermost = innermost.base
+                slots.append((parent, name, outermost, innermost))
+                setattr(parent, name, innermost.base)
+    try:
+        yield
+    finally:
+        for parent, name, outermost, innermost in slots:
+            innermost.base = getattr(parent, name)
+            setattr(parent, name, outermost)
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of anything that multiplies by a matrix; None for any other module."""
     module = unwrap(module)
-    if isinstance(module, (nn.Linear, FrozenLinear)):
+    if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):  # GPT-2's linear, which stores its weight as (in, out)
         return module.nx, module.nf
@@ -88,6 +123,15 @@ def output_embeddings(model: nn.Module) -> str | None:
     except NotImplementedError:
         return None
     return next((path for path, module in modules(model) if unwrap(module) is output or module is output), None)
+
+
+def family(model: nn.Module) -> tuple[Literal["encoders", "decoders", "encoder_decoder"], str]:
+    """The capability that an adapter needs to work on this model, and the kind of model in words."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder_decoder", "a model with an encoder and a decoder"
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return ("decoders", "a model that only decodes") if causal else ("encoders", "a model that only encodes")
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
