@@ -11,7 +11,7 @@ everything else is JSON: nothing is ever unpickled, and nothing in a folder can 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from .errors import ArtefactError, PluginError, nearest
 from .files import atomic_folder, write_json, write_text
 from .fingerprints import Fingerprint, differences, fingerprint
 from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, read
+from .peft_folders import is_peft_folder, read_peft_folder
 from .registry import ADAPTERS
 from .stack import Stack, attach, packed_as
 
-__all__ = ["MANIFEST", "confirm", "fill", "load", "read", "save"]
+__all__ = ["MANIFEST", "confirm", "fill", "load", "read", "save", "specs"]
 
 LIBRARIES = ("onegpu", "torch", "transformers", "bitsandbytes", "safetensors")
 TASK_TYPES = {
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -62,14 +64,14 @@ def save(
     """
     _refuse_unsaved(stack)
     files = _tensor_files(stack)
-    source = source or getattr(getattr(stack.model, "config", None), "_name_or_path", None) or None
+    source = source or getattr(getattr(stack.root, "config", None), "_name_or_path", None) or None
     manifest = _manifest(stack, files, source, revision, base or stack.base, run or {})
     with atomic_folder(Path(folder)) as partial:
         for name, (tensors, attachment) in files.items():
             place = partial / name
             place.mkdir(exist_ok=True)
             # One metadata key only: several come out in random order, and bytes would differ between equal runs.
-            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, place / TENSORS, metadata={"format": "pt"})
+            save_file(_apart(tensors), place / TENSORS, metadata={"format": "pt"})
             write_json(place / CONFIG, _config(stack, attachment, source))
         write_json(partial / MANIFEST, manifest.model_dump())
         by_peft = [name for name, (_, a) in files.items() if a is not None and a.peft_config() is not None]
@@ -81,23 +83,40 @@ def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = Fa
 
     Args:
         model: the base, from `load_base` or from transformers.
+        folder: an adapter folder of ours, or one that stock PEFT saved (which does not say on which base).
         allow_base_mismatch: go on although the model is not the base that the adapter was trained on.
 
     Raises:
         ArtefactError: the folder is damaged, does not fit the model, or belongs to another base.
         PluginError: an adapter of the stack is not installed.
     """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists() and is_peft_folder(folder):
+        return _load_from_peft(model, folder)
     saved = read(folder)
     if not allow_base_mismatch:
         _check_base(saved, model)
-    specs = [{_pick(r): r.config | {"name": r.name}} for r in _attachable(saved, model)]
-    stack = attach(model, specs, fresh=False)
+    stack = attach(model, [_spec(record) for record in _attachable(saved, model)], fresh=False)
     try:
         _fill(stack, saved)
     except BaseException:
         stack.detach()
         raise
     return stack
+
+
+def specs(manifest: Manifest) -> list[dict[str, Any]]:
+    """The stack of a saved adapter, for `load_base`; every plugin of it was found.
+
+    Raises:
+        PluginError: one is not installed; the message says which, and how to get it.
+    """
+    return [_spec(record) for record in manifest.adapters]
+
+
+def _spec(record: AdapterRecord) -> dict[str, Any]:
+    _installed(record)
+    return {_pick(record): record.config | {"name": record.name}}
 
 
 def fill(stack: Stack, folder: str | Path) -> None:
@@ -137,9 +156,20 @@ def _tensor_files(stack: Stack) -> dict[str, tuple[dict[str, Tensor], Attachment
     return files
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own: some methods share a tensor between layers, and a file cannot."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        alone = tensor.cpu().contiguous()
+        found[key] = alone.clone() if alone.untyped_storage().data_ptr() in seen else alone
+        seen.add(found[key].untyped_storage().data_ptr())
+    return found
+
+
 def _refuse_unsaved(stack: Stack) -> None:
     owned = {id(p) for p in stack.trainable().values()}
-    strays = [n for n, p in stack.model.named_parameters() if p.requires_grad and id(p) not in owned]
+    strays = [n for n, p in stack.root.named_parameters() if p.requires_grad and id(p) not in owned]
     if strays:
         raise ArtefactError(f"{strays[0]} is trainable but belongs to no adapter, so it would be lost: freeze it")
     if not owned:
@@ -170,20 +200,20 @@ def _manifest(
                 distribution=n.entry.distribution,
                 version=n.entry.version,
                 api=n.adapter.api,
-                config=n.adapter.model_dump(exclude={"name"}),
+                config=(attachment.adapter if attachment else n.adapter).model_dump(mode="json", exclude={"name"}),
                 folder=folders.get(n.name),
                 resolved=attachment.resolved() if attachment else {},
             )
         )
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in stack.model.parameters() if not p.requires_grad}
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in stack.root.parameters() if not p.requires_grad}
     return Manifest(
         base=BaseRecord(
             source=source,
             revision=revision,
-            model_class=type(stack.model).__name__,
+            model_class=type(stack.root).__name__,
             dtype="/".join(sorted(dtypes)) or "float32",
-            packed_as=packed_as(stack.model),
-            fingerprint=base or fingerprint(stack.model),
+            packed_as=packed_as(stack.root),
+            fingerprint=base or fingerprint(stack.root),
         ),
         adapters=records,
         heads=sorted(stack.heads),
@@ -198,7 +228,7 @@ def _config(stack: Stack, attachment: Attachment | None, source: str | None) -> 
     if peft is None:
         return {"peft_type": None, "onegpu_adapter": attachment.name if attachment else None}
     config = {"base_model_name_or_path": source, "inference_mode": True, **peft}
-    class_name = type(stack.model).__name__
+    class_name = type(stack.root).__name__
     task_type = next((task for task, names in TASK_TYPES.items() if class_name in names.values()), None)
     if task_type:
         config["task_type"] = task_type
@@ -243,12 +273,28 @@ def _installed(record: AdapterRecord) -> registry.Entry:
     except PluginError:
         raise PluginError(
             f"this adapter needs the plugin {record.distribution} {record.version} for {record.adapter!r}; "
-            f"try `pip install {record.distribution}`"
+            f"try `pip install '{record.distribution}>={record.version}'`"
         ) from None
 
 
 def _pick(record: AdapterRecord) -> str:
     return f"{record.distribution}:{record.adapter}"
+
+
+def _load_from_peft(model: nn.Module, folder: Path) -> Stack:
+    theirs = read_peft_folder(folder, model)
+    warnings.warn(
+        f"{folder} was saved by PEFT and does not name the base it was trained on: only keys and shapes were compared",
+        stacklevel=3,
+    )
+    for adapter in theirs.adapters:
+        stack = attach(model, [adapter], fresh=False)
+        expected = _tensor_files(stack)
+        if not (faults := _tensor_faults(expected["."][0], theirs.tensors)):
+            _take(stack, expected, {".": theirs.tensors})
+            return stack
+        stack.detach()
+    raise _misfit(folder, faults)
 
 
 def _fill(stack: Stack, saved: Saved) -> None:
@@ -259,17 +305,30 @@ def _fill(stack: Stack, saved: Saved) -> None:
             faults += _tensor_faults(own, saved.tensors[name])
             faults += _config_faults(_config(stack, attachment, saved.manifest.base.source), saved.configs[name])
     if faults:
-        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        raise ArtefactError(f"{saved.folder} does not fit this model: {'; '.join(faults[:5])}{more}")
-    with torch.no_grad():
-        for name, (_, attachment) in expected.items():
-            values = dict(saved.tensors[name])
-            prefix = attachment.head_prefix if attachment else Attachment.head_prefix
-            for head, parameter in stack.heads.items():
-                if (value := values.pop(f"{prefix}{head}", None)) is not None:
-                    parameter.copy_(value)
-            if attachment is not None:
-                attachment.load_tensors(values)
+        raise _misfit(saved.folder, faults)
+    _take(stack, expected, saved.tensors)
+
+
+def _misfit(folder: Path, faults: Sequence[str]) -> ArtefactError:
+    more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+    return ArtefactError(f"{folder} does not fit this model: {'; '.join(faults[:5])}{more}")
+
+
+@torch.no_grad()
+def _take(
+    stack: Stack,
+    expected: Mapping[str, tuple[dict[str, Tensor], Attachment | None]],
+    tensors: Mapping[str, dict[str, Tensor]],
+) -> None:
+    """Give a stack values that were found to fit."""
+    for name, (_, attachment) in expected.items():
+        values = dict(tensors[name])
+        prefix = attachment.head_prefix if attachment else Attachment.head_prefix
+        for head, parameter in stack.heads.items():
+            if (value := values.pop(f"{prefix}{head}", None)) is not None:
+                parameter.copy_(value)
+        if attachment is not None:
+            attachment.load_tensors(values)
 
 
 def _tensor_faults(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

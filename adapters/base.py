@@ -13,9 +13,10 @@ from .contract import LoadOptions
 from .device import Hardware, Precision, compute_dtype, detect
 from .errors import RecipeError
 from .frozen_linear import FrozenLinear
+from .isolation import answerable
 from .quiet import quietly
 from .sources import Source, locate
-from .stack import Named, Spec, build, check_family
+from .stack import Named, Spec, build, check_family, refuse_half
 from .structure import head_modules, output_embeddings
 
 __all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]
@@ -71,10 +72,16 @@ def load_base(
     for step in options.after_load:
         step(model)
     if options.quantization_config is not None:
-        # The packed layers are ours now; to transformers and its Trainer this is an ordinary model again.
-        model.hf_quantizer.remove_quantization_config(model)
+        _forget_quantizer(model)
     loaded: PreTrainedModel = model.to(options.device)
     return loaded
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """The packed layers are ours now; to transformers and whoever trains it this is an ordinary model again."""
+    model.hf_quantizer.remove_quantization_config(model)
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by these, trl would round all that trains to bfloat16
+        vars(model).pop(mark, None)
 
 
 def load_options(
@@ -102,8 +109,12 @@ def load_options(
     keep = (*head_modules(skeleton), *([output] if output else []))
     check_family(stack, skeleton)
     for named in stack:
-        named.adapter.check(skeleton)
-        options = named.adapter.load_options(options, keep)
+        with answerable(named.name, named.entry, "check"):
+            named.adapter.check(skeleton)
+        with answerable(named.name, named.entry, "load_options"):
+            options = named.adapter.load_options(options, keep)
+    for named in stack:
+        refuse_half(named, options.dtype)
     return options
 
 

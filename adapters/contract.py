@@ -47,6 +47,7 @@ class Capabilities:
     packing: bool = True  # sequences packed into one row do not see each other
     row_by_row: bool = True  # what it gives for a row does not depend on the other rows of its batch
     several: bool = True  # two instances work on one model
+    planned: bool = True  # `cost` can tell from a model without weights
     reasons: Mapping[str, str] = field(default_factory=dict)  # capability -> why it is as it is, for messages
 
     def because(self, capability: str) -> str:
@@ -105,6 +106,13 @@ class Adapter(BaseModel, ABC):
     api: ClassVar[int] = 0  # each adapter states the level it was written for
     capabilities: ClassVar[Capabilities] = Capabilities()
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class whose capabilities cannot be read from it: it would fail in the middle of a run."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if not isinstance(getattr(cls, "capabilities", None), Capabilities):
+            raise TypeError(f"{cls.__name__}: declare `capabilities: ClassVar[Capabilities] = Capabilities(...)`")
+
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     """Name of this instance; the adapter's own name when left out. Two of one kind need two names."""
 
@@ -128,7 +136,14 @@ class Adapter(BaseModel, ABC):
         return dict(rates)
 
     def cost(self, skeleton: nn.Module) -> Cost:
-        """What it adds to a run, found by attaching it to the model without weights."""
+        """What it adds to a run, found by attaching it to the model without weights.
+
+        Raises:
+            StackError: it cannot be told without weights.
+        """
+        if not self.capabilities.planned:
+            name = self.name or type(self).__name__
+            raise StackError(f"what {name} costs cannot be told without weights{self.capabilities.because('planned')}")
         before = {id(tensor) for tensor in (*skeleton.parameters(), *skeleton.buffers())}
         context = Context(name=self.name or "adapter", layers=Layers.of(skeleton), fresh=False)
         attachment = self.attach(skeleton, context)

@@ -46,7 +46,7 @@ class FrozenLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.out_features, self.in_features = packed.shape
         self.packed = packed
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]  # torch's own stubs forget that there may be none
         self.dtype = dtype
 
     @property

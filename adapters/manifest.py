@@ -15,7 +15,19 @@ from .errors import ArtefactError
 from .fingerprints import Fingerprint
 from .validation import faults
 
-__all__ = ["CONFIG", "MANIFEST", "TENSORS", "AdapterRecord", "BaseRecord", "Manifest", "Saved", "card", "read"]
+__all__ = [
+    "CONFIG",
+    "MANIFEST",
+    "TENSORS",
+    "AdapterRecord",
+    "BaseRecord",
+    "Manifest",
+    "Saved",
+    "card",
+    "read",
+    "read_json",
+    "read_tensors",
+]
 
 TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 
@@ -93,12 +105,17 @@ def read(folder: str | Path) -> Saved:
     outside = [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]
     if outside:
         raise ArtefactError(f"{folder / MANIFEST}: the folder {outside[0]!r} lies outside the artefact")
-    tensors = {name: _read_tensors(folder / name / TENSORS) for name in names}
-    configs = {name: _read_json(folder / name / CONFIG) for name in names}
+    tensors = {name: read_tensors(folder / name / TENSORS) for name in names}
+    configs = {name: read_json(folder / name / CONFIG) for name in names}
     return Saved(folder, manifest, tensors, configs)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        ArtefactError: it is missing or damaged.
+    """
     if not path.is_file():
         raise ArtefactError(f"{path} is missing")
     try:
@@ -108,7 +125,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ArtefactError: it is missing or damaged.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

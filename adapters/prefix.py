@@ -5,7 +5,7 @@ them with their layer, `generate` keeps its own cache, and padding may be on eit
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
@@ -72,9 +72,15 @@ class Prefix(Adapter):
             if self.init == "normal":
                 key, value = torch.randn(key.shape, generator=generator), torch.randn(value.shape, generator=generator)
             layers[attention] = KeyValues(key.to(model.device), value.to(model.device))
+            layers[attention].train(attention.training)
             attention.add_module(f"prefix_{context.name}", layers[attention])
         paths = {module: path for path, module in model.named_modules()}
         return PrefixAttachment(context.name, self, model, {paths[module]: kv for module, kv in layers.items()})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], targets: Sequence[str]) -> "Prefix":
+        """The length is all that matters of it: PEFT saves the keys and values, whatever computed them."""
+        return cls(length=config["num_virtual_tokens"])
 
     def _tokens(self, model: PreTrainedModel, context: Context, generator: torch.Generator) -> Tensor:  # (1, length)
         if self.text is None or not context.fresh:
@@ -252,7 +258,10 @@ def _listen(model: PreTrainedModel, tokens: Tensor) -> list[tuple[nn.Module, Ten
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with _in_evaluation(model), _attention(model, LISTENING), torch.no_grad():
         try:
-            model(input_ids=tokens.to(model.device), **uncached)
+            here = tokens.to(model.device)
+            # The mask says what is true anyway; without one, transformers looks into positions, which the meta device
+            # of a cost estimate cannot.
+            model(input_ids=here, attention_mask=torch.ones_like(here), **uncached)
         except ValueError as cause:  # sdpa refuses what it cannot do, such as soft-capped scores
             raise StackError(f"prefix cannot work on {model.config.model_type}: {cause}") from cause
         finally:

@@ -53,7 +53,8 @@ class _Quantiser(Adapter):
             raise RecipeError(f"{self.kind} cannot be had: the base {found}")
         biases = {layer: dict(layer.named_parameters()).get("bias") for layer in adopted}
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        swap(model, {layer: FrozenLinear(packed, biases[layer], dtype) for layer, packed in adopted.items()})
+        ours = {layer: FrozenLinear(packed, biases[layer], dtype) for layer, packed in adopted.items()}
+        swap(model, {layer: linear.train(layer.training) for layer, linear in ours.items()})
 
 
 class Int8(_Quantiser):

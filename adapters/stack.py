@@ -1,10 +1,10 @@
 """Adapters together: read their specifications, check that they compose, attach them, collect their rates."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,14 +14,28 @@ from transformers import PreTrainedModel
 
 from . import registry
 from .contract import Adapter, Attachment, Context, Rate
-from .errors import RecipeError, StackError
+from .errors import RecipeError, StackError, nearest
 from .fingerprints import Fingerprint, fingerprint
 from .frozen_linear import FrozenLinear
+from .isolation import answerable
 from .registry import ADAPTERS, Entry
 from .structure import Layers, family, head_modules
 from .validation import faults
 
-__all__ = ["Named", "Spec", "Stack", "attach", "build", "check", "check_family", "get", "packed_as", "rates", "split"]
+__all__ = [
+    "Named",
+    "Spec",
+    "Stack",
+    "attach",
+    "build",
+    "check",
+    "check_family",
+    "get",
+    "packed_as",
+    "rates",
+    "refuse_half",
+    "split",
+]
 
 Spec = str | Mapping[str, Any] | Adapter
 
@@ -70,7 +84,8 @@ def _build_one(index: int, spec: Spec | Named) -> Named:
     entry = registry.find(ADAPTERS, name)
     loaded: type[Adapter] = registry.load(entry, Adapter)
     try:
-        adapter = loaded.model_validate(config)
+        with answerable(name, entry, "reading its settings", passing=ValidationError):
+            adapter = loaded.model_validate(config)
     except ValidationError as error:
         found = list(faults(error, loaded, (name,)))
         texts = [f"adapters[{index}].{'.'.join(map(str, f.path))}: {f.message}" for f in found]
@@ -105,12 +120,23 @@ def check(stack: Sequence[Named], *, has_head: bool = False) -> None:
     trainers = [n for n in stack if n.adapter.capabilities.trains]
     for n in trainers:
         if quantisers and not n.adapter.capabilities.quantised_bases:
-            raise StackError(f"{n.name} trains what {quantisers[0]} has packed: leave one of them out")
+            why = n.adapter.capabilities.because("quantised_bases") or ": leave one of them out"
+            raise StackError(f"{n.name} cannot work on what {quantisers[0]} has packed{why}")
         if not n.adapter.capabilities.base_frozen and len(trainers) > 1:
             others = " and ".join(t.name for t in trainers if t is not n)
             raise StackError(f"{n.name} trains the base itself, so {others} beside it has no fixed base to stand on")
+    _refuse_several(stack)
     if not trainers and not has_head:
         raise StackError("nothing would be trained: add an adapter that trains something, such as lora")
+
+
+def _refuse_several(stack: Sequence[Named], present: Iterable[type[Adapter]] = ()) -> None:
+    """Refuse a second instance of an adapter that declares that a model can have one."""
+    kinds = Counter([*present, *(type(n.adapter) for n in stack)])
+    for n in reversed(stack):
+        if kinds[type(n.adapter)] > 1 and not n.adapter.capabilities.several:
+            why = n.adapter.capabilities.because("several")
+            raise StackError(f"{n.name} would be the second of its kind, and a model can have one{why}")
 
 
 def check_family(stack: Sequence[Named], model: nn.Module) -> None:
@@ -125,18 +151,36 @@ def check_family(stack: Sequence[Named], model: nn.Module) -> None:
             raise StackError(f"{n.name} cannot work on {kind}{n.adapter.capabilities.because(capability)}")
 
 
+def refuse_half(named: Named, dtype: torch.dtype) -> None:
+    """Refuse an adapter that declares that it needs a float32 base.
+
+    Raises:
+        StackError: with the reason.
+    """
+    if dtype in (torch.bfloat16, torch.float16) and not named.adapter.capabilities.half_bases:
+        short = str(dtype).removeprefix("torch.")
+        why = named.adapter.capabilities.because("half_bases")
+        raise StackError(f"{named.name} cannot work on a base in {short}{why}; load it in float32")
+
+
 @dataclass
 class Stack:
     """Adapters attached to one model. Owns what is trainable and can be undone."""
 
-    model: nn.Module  # what to call
+    root: nn.Module  # the base that they are attached to
     named: tuple[Named, ...]
     attachments: list[Attachment]
     layers: Layers
     heads: dict[str, nn.Parameter] = field(default_factory=dict)
     base: Fingerprint | None = None  # of the base as it was, where an adapter trains the base itself
+    _off: set[str] = field(default_factory=set)  # names of those that are switched off
     _undo: list[Any] = field(default_factory=list)
     _key: object = field(default_factory=object)
+
+    @property
+    def model(self) -> nn.Module:
+        """What to call: the base itself, unless an adapter brought a wrapper of its own."""
+        return next((a.model for a in reversed(self.attachments) if a.model is not self.root), self.root)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything the optimiser steps, by unique name: the adapters' tensors, then the heads'."""
@@ -153,22 +197,66 @@ class Stack:
             for name, p in self.trainable().items()
         }
         for named in self.named:
-            changed = named.adapter.rates(found, self.layers)
+            with answerable(named.name, named.entry, "rates"):
+                changed = named.adapter.rates(found, self.layers)
             if changed.keys() != found.keys():
                 raise StackError(f"{named.name}: rates() must answer for exactly the trainable tensors it was given")
             found = changed
         return found
 
+    def enable(self, *names: str) -> None:
+        """Switch instances on again; all when none is named.
+
+        Raises:
+            StackError: there is no instance of that name.
+        """
+        self._switch(names, on=True)
+
+    def disable(self, *names: str) -> None:
+        """Switch instances off: the model is then what it would be without them. All when none is named.
+
+        Raises:
+            StackError: there is no instance of that name, or one that trains the base itself cannot be switched off.
+        """
+        self._switch(names, on=False)
+
+    def _switch(self, names: Sequence[str], *, on: bool) -> None:
+        for attachment in [self._attachment(name) for name in names] or self.attachments:
+            attachment.enabled(on)
+            (self._off.discard if on else self._off.add)(attachment.name)
+
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """The base without its adapters (heads stay), for evaluation at step 0 or as a reference."""
-        for attachment in self.attachments:
-            attachment.enabled(False)
+        on = [a.name for a in self.attachments if a.name not in self._off]
         try:
+            if on:
+                self.disable(*on)
             yield
         finally:
-            for attachment in self.attachments:
-                attachment.enabled(True)
+            if on:
+                self.enable(*on)
+
+    def remove(self, name: str) -> None:
+        """Take one instance out for good; the others, and heads, stay.
+
+        Raises:
+            StackError: there is no instance of that name, or it is the only one.
+        """
+        attachment = self._attachment(name)
+        if len(self.attachments) == 1:
+            raise StackError(f"{name!r} is the only adapter that is attached: detach the stack instead")
+        attachment.detach()
+        self.attachments.remove(attachment)
+        self.named = tuple(n for n in self.named if n.name != name)
+        self._off.discard(name)
+        _remember(self)
+
+    def _attachment(self, name: str) -> Attachment:
+        found = next((a for a in self.attachments if a.name == name), None)
+        if found is None:
+            raise StackError(f"no adapter {name!r} is attached{nearest(name, [a.name for a in self.attachments])}")
+        return found
 
     def detach(self) -> None:
         """Take everything out again, last first. A frozen base is then what it was, bit for bit.
@@ -176,21 +264,42 @@ class Stack:
         Raises:
             StackError: it was detached before.
         """
-        if self._key not in _ATTACHED.get(self.model, {}):
+        if self._key not in _ATTACHED.get(self.root, {}):
             raise StackError("this stack is not attached any more")
         for attachment in reversed(self.attachments):
             attachment.detach()
         for undo in reversed(self._undo):
             undo()
-        del _ATTACHED[self.model][self._key]
+        del _ATTACHED[self.root][self._key]
 
 
-# Which names and which tensors are attached to a model, by stack. It must not refer to the model, or both would stay.
-_ATTACHED: "WeakKeyDictionary[nn.Module, dict[object, tuple[frozenset[str], frozenset[int]]]]" = WeakKeyDictionary()
+class _Present(NamedTuple):
+    """What a stack has on a model."""
+
+    names: frozenset[str]
+    tensors: frozenset[int]  # ids of what is trainable
+    kinds: tuple[type[Adapter], ...]
+
+
+# What is attached to a model, by stack. It must not refer to the model, or both would stay.
+_ATTACHED: "WeakKeyDictionary[nn.Module, dict[object, _Present]]" = WeakKeyDictionary()
+
+
+def _remember(stack: Stack) -> None:
+    trainers = [n for n in stack.named if n.adapter.capabilities.trains]
+    tensors = frozenset(map(id, stack.trainable().values()))
+    present = _Present(frozenset(n.name for n in trainers), tensors, tuple(type(n.adapter) for n in trainers))
+    _ATTACHED.setdefault(stack.root, {})[stack._key] = present
 
 
 def attach(
-    model: nn.Module, specs: Sequence[Spec | Named], *, seed: int = 0, tokenizer: Any = None, fresh: bool = True
+    model: nn.Module,
+    specs: Sequence[Spec | Named],
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    samples: Sequence[Mapping[str, Tensor]] = (),
+    fresh: bool = True,
 ) -> Stack:
     """Freeze the base, free its heads, and attach adapters in order.
 
@@ -199,6 +308,7 @@ def attach(
         specs: the stack; adapters of the loading stage are checked against the model, not applied.
         seed: of the adapters' random start.
         tokenizer: for adapters that start from text.
+        samples: a few batches as the model takes them, for adapters that start from data.
         fresh: False when saved values follow, so that a text to start from is not needed.
 
     Raises:
@@ -215,9 +325,11 @@ def attach(
     _free_heads_only(stack)
     for n in named:
         try:
-            attachment = n.adapter.attach(
-                model, Context(name=n.name, layers=stack.layers, seed=seed, tokenizer=tokenizer, fresh=fresh)
+            context = Context(
+                name=n.name, layers=stack.layers, seed=seed, tokenizer=tokenizer, samples=samples, fresh=fresh
             )
+            with answerable(n.name, n.entry, "attach"):
+                attachment = n.adapter.attach(model, context)
         except BaseException:
             for done in reversed(stack.attachments):
                 done.detach()
@@ -227,8 +339,7 @@ def attach(
         if attachment is not None:
             stack.attachments.append(attachment)
     _pass_gradients_through_checkpoints(stack)
-    names = frozenset(n.name for n in named if n.adapter.capabilities.trains)
-    _ATTACHED.setdefault(model, {})[stack._key] = (names, frozenset(map(id, stack.trainable().values())))
+    _remember(stack)
     return stack
 
 
@@ -243,7 +354,9 @@ def packed_as(model: nn.Module) -> str | None:
 
 
 def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
-    present = frozenset().union(*(names for names, _ in _ATTACHED.get(model, {}).values()))
+    attached = _ATTACHED.get(model, {}).values()
+    present = frozenset[str]().union(*(p.names for p in attached))
+    _refuse_several(named, [kind for p in attached for kind in p.kinds])
     for n in named:
         capabilities = n.adapter.capabilities
         if present and not capabilities.base_frozen:
@@ -259,12 +372,17 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
         if not capabilities.quantised_bases and packed_as(model) is not None:
             why = capabilities.because("quantised_bases")
             raise StackError(f"{n.name} cannot work on a base packed as {packed_as(model)}{why}")
+        checkpoints = isinstance(model, PreTrainedModel) and model.is_activation_checkpointing
+        if checkpoints and not capabilities.checkpointing:
+            why = capabilities.because("checkpointing")
+            raise StackError(f"{n.name} cannot work under gradient checkpointing{why}")
+        refuse_half(n, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
 
 
 def _free_heads_only(stack: Stack) -> None:
     """Freeze the base; make heads trainable in float32, fed in float32 whatever the base computes in."""
-    model = stack.model
-    taken = frozenset().union(*(tensors for _, tensors in _ATTACHED.get(model, {}).values()))
+    model = stack.root
+    taken = frozenset[int]().union(*(p.tensors for p in _ATTACHED.get(model, {}).values()))
     for parameter in model.parameters():
         if id(parameter) not in taken:
             parameter.requires_grad_(False)
@@ -301,7 +419,7 @@ def _pass_gradients_through_checkpoints(stack: Stack) -> None:
     A reentrant checkpoint drops the gradient of every tensor inside when none of its inputs requires one, and over
     frozen embeddings none does: the adapter would silently not be trained.
     """
-    model = stack.model
+    model = stack.root
     if not isinstance(model, PreTrainedModel):
         return
 

@@ -39,6 +39,13 @@ class Wrapper(nn.Module):
         self.base = base
         self.training = base.training  # a model fresh from its checkpoint is in evaluation mode
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's: models look at it from outside (a T5 asks for its dtype)."""
+        found = self.base.weight
+        assert isinstance(found, Tensor), type(found)
+        return found
+
 
 class Addition(nn.Module):
     """A module that an adapter hung beside the base's own ones; not part of the base."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -31,7 +30,7 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
     if "chat" not in manifest.run.get("task", {}) or manifest.base.source is None:
         raise ArtefactError(f"{folder} was not trained by the task `chat`")
     source = locate(manifest.base.source, revision=manifest.base.revision)
-    stack: list[Any] = [{f"{r.distribution}:{r.adapter}": {**r.config, "name": r.name}} for r in manifest.adapters]
+    stack = artefact.specs(manifest)
     model = load_base(source, stack, precision=PRECISIONS[manifest.base.dtype.partition("/")[0]])
     load(model, run.adapter if run.adapter.is_dir() else folder)
     tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision)

@@ -5,29 +5,36 @@ machine; 4 a proof failed; 130 interrupted, resumable.
 """
 
 import json
+import shlex
 import sys
+import textwrap
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onegpu.adapters import OnegpuError
-from onegpu.adapters.registry import ADAPTERS, TASKS, entries
+from onegpu.adapters.registry import ADAPTERS, OURS, TASKS, VARIABLE, Entry, entries, unmatched, unqualified
 
 __all__ = ["app", "main"]
 
+WIDTH = 80  # of what is printed for people, in characters
 RECIPE = click.argument("recipe", metavar="RECIPE")
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 CHECK = click.option("--check", is_flag=True, help="Import each one, and say which are broken.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH})
 @click.version_option(package_name="onegpu")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
 def app(context: click.Context, debug: bool) -> None:
     """Fine-tune large models on one GPU, with adapters that anybody can publish."""
+    for sentence in unmatched():
+        print(f"onegpu: {sentence}", file=sys.stderr)
 
 
 @app.command()
@@ -118,35 +125,67 @@ def tasks(name: str | None, check: bool, as_json: bool) -> None:
 
 def _list(group: str, check: bool, as_json: bool) -> None:
     found = entries(group)
-    rows: list[dict[str, Any]] = [
-        {"name": e.name, "distribution": e.distribution, "version": e.version, "value": e.value} for e in found
-    ]
-    names = [e.name for e in found]
-    if check:
-        from .describing import breakage
-
-        for row, entry in zip(rows, found, strict=True):
-            row["broken"] = breakage(group, entry)
+    broken = _broken(group, found) if check else {}
+    rows: list[dict[str, Any]] = []
+    for entry in found:
+        row = {"name": entry.name, "distribution": entry.distribution, "version": entry.version, "value": entry.value}
+        rows.append(row | {"allowed": entry.allowed} | ({"broken": broken.get(entry)} if check else {}))
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    width = max(map(len, names), default=0)
-    for row in rows:
-        twice = "  (ambiguous: write distribution:name)" if names.count(row["name"]) > 1 else ""
-        broken = f"  BROKEN: {row['broken']}" if row.get("broken") else ""
-        print(f"{row['name']:<{width}}  {row['distribution']} {row['version']}{twice}{broken}")
+    for origin in dict.fromkeys(e.origin for e in sorted(found, key=lambda e: (e.distribution != OURS, e.origin))):
+        print(origin)
+        _print_names({e.name: _remark(e, found, broken.get(e)) for e in found if e.origin == origin})
+
+
+def _broken(group: str, found: Sequence[Entry]) -> dict[Entry, str]:
+    from .describing import breakage
+
+    return {entry: why for entry in found if entry.allowed and (why := breakage(group, entry)) is not None}
+
+
+def _remark(entry: Entry, found: Sequence[Entry], broken: str | None) -> str:
+    if not entry.allowed:
+        return f"not allowed by {VARIABLE}"
+    ambiguous = "" if unqualified(entry, found) else f"ambiguous: write {entry.distribution}:{entry.name}"
+    return "; ".join(filter(None, (ambiguous, f"BROKEN: {broken}" if broken else "")))
+
+
+def _print_names(remarks: Mapping[str, str]) -> None:
+    """Names in columns, as `ls` has them; below, one line for each that there is something to say about."""
+    width = max(map(len, remarks)) + 2
+    plain = [name for name, remark in remarks.items() if not remark]
+    fit = max(1, (WIDTH - 2) // width)
+    for first in range(0, len(plain), fit):
+        print(f"  {''.join(f'{name:<{width}}' for name in plain[first : first + fit]).rstrip()}")
+    for name, remark in remarks.items():
+        if remark:
+            print(f"  {name:<{width}}{remark}")
 
 
 def _print_described(described: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(described, indent=2))
+        print(json.dumps(described, indent=2, default=str))
         return
     print(f"{described['name']} ({described['origin']})\n\n{described['doc']}\n")
-    for label, value in described["facts"].items():
-        print(f"{label}: {value}")
+    facts = described["facts"]
+    for label, flag in (("yes", True), ("no", False)):
+        if names := [name for name, value in facts.items() if value is flag]:
+            _print_wrapped(f"{label}: {', '.join(names)}", hanging="  ")
+    for name, why in facts.get("reasons", {}).items():
+        _print_wrapped(f"{name}: {why}", hanging="  ")
+    for label, value in facts.items():
+        if label != "reasons" and not isinstance(value, bool):
+            print(f"{label}: {value}")
     print("\nsettings:")
     for setting in described["settings"]:
-        print(f"  {setting['name']}: {setting['type']} = {setting['default']}\n      {setting['doc']}")
+        print(f"  {setting['name']}: {setting['type']} = {setting['default']}")
+        _print_wrapped(setting["doc"], first="      ", hanging="      ")
+
+
+def _print_wrapped(text: str, *, first: str = "", hanging: str) -> None:
+    if text:
+        print(textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=first, subsequent_indent=hanging))
 
 
 @app.command()
@@ -157,11 +196,12 @@ def recipes(as_json: bool) -> None:
 
     found = packaged_recipes()
     if as_json:
-        print(json.dumps([{"name": p.name, "origin": p.origin, "summary": p.summary} for p in found], indent=2))
+        rows = [{"name": p.name, "origin": p.origin, "summary": p.summary, "allowed": p.allowed} for p in found]
+        print(json.dumps(rows, indent=2))
         return
     width = max(len(p.name) for p in found)
     for p in found:
-        print(f"{p.name:<{width}}  {p.summary}")
+        print(f"{p.name:<{width}}  {p.summary}" if p.allowed else f"{p.name:<{width}}  not allowed by {VARIABLE}")
 
 
 @app.command()
@@ -170,6 +210,21 @@ def schema() -> None:
     from .describing import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command("new-adapter")
+@click.argument("name", metavar="NAME")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the package; NAME when left out.")
+def new_adapter(name: str, out: Path | None) -> None:
+    """Write a package with an adapter of your own.
+
+    It holds a small method that works, and tests that pass; NAME is what recipes will call it.
+    """
+    from .scaffold import new_adapter as write
+
+    folder = write(name, out)
+    print(f"{folder} holds an adapter that works. Next:\n")
+    print(f"  cd {shlex.quote(str(folder))}\n  pip install -e '.[test]'\n  pytest")
 
 
 @app.command()
@@ -197,7 +252,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OnegpuError as error:
         if "--debug" in sys.argv:
-            raise
+            traceback.print_exc()
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)

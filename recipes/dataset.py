@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onegpu.adapters import DataError, RecipeError
+from onegpu.adapters import TASKS, DataError, RecipeError
+from onegpu.adapters.isolation import answerable
+from onegpu.adapters.registry import entry_of
 
 from .loading import Loaded
 from .rows import Rows, canonical, read_rows
@@ -126,9 +128,12 @@ def encode(task: Task, split: Split, reader: Reader) -> Dataset:
 
 
 def _encoded(task: Task, rows: Mapping[int, Row], reader: Reader, dropped: dict[str, list[int]]) -> Iterator[Example]:
+    entry = entry_of(TASKS, type(task))
     for number, row in rows.items():
         try:
-            yield task.encode(number, row, reader)
+            with answerable("task", entry, f"encode (row {number})", passing=RowProblem):
+                example = task.encode(number, row, reader)
+            yield example
         except RowProblem as problem:
             dropped.setdefault(str(problem), []).append(number)
 

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from onegpu.adapters import ADAPTERS, TASKS, Adapter, Entry, PluginError, entries, get
-from onegpu.adapters.registry import find, load
+from onegpu.adapters.isolation import answerable
+from onegpu.adapters.registry import find, load, unqualified
 
 from .schema import Recipe
 from .tasks import Task, get_task
@@ -18,13 +19,17 @@ __all__ = ["breakage", "describe_adapter", "describe_task", "recipe_schema"]
 def describe_adapter(name: str) -> dict[str, Any]:
     """One adapter: its documentation, capabilities and settings."""
     entry, adapter = find(ADAPTERS, name), get(name)
-    return _described(entry, adapter, dataclasses.asdict(adapter.capabilities))
+    capabilities = dataclasses.asdict(adapter.capabilities)
+    with answerable(name, entry, "describing itself"):
+        return _described(entry, adapter, capabilities)
 
 
 def describe_task(name: str) -> dict[str, Any]:
     """One task: its documentation, needs and settings."""
     entry, task = find(TASKS, name), get_task(name)
-    return _described(entry, task, {"model": task.kind, "columns": ", ".join(task.needs), "own head": task.has_head})
+    with answerable(name, entry, "describing itself"):
+        facts = {"model": task.kind, "columns": ", ".join(task.needs), "own head": task.has_head}
+        return _described(entry, task, facts)
 
 
 def breakage(group: str, entry: Entry) -> str | None:
@@ -47,31 +52,41 @@ def recipe_schema() -> dict[str, Any]:
 
 def _choice(group: str, definitions: dict[str, Any]) -> dict[str, Any]:
     """Either a name, or an object whose one key is a name and whose value are its settings."""
-    names, objects = [], []
-    for entry in entries(group):
-        if breakage(group, entry) is not None:
+    names, objects, found = [], [], entries(group)
+    for entry in found:
+        try:
+            model: type[BaseModel] = load(entry, Adapter if group == ADAPTERS else Task)
+        except PluginError:
             continue
-        model: type[BaseModel] = load(entry, Adapter if group == ADAPTERS else Task)
-        inner = model.model_json_schema(ref_template="#/$defs/{model}")
-        definitions |= inner.pop("$defs", {})
-        names.append(entry.name)
+        name = entry.name if unqualified(entry, found) else f"{entry.distribution}:{entry.name}"
+        names.append(name)
         objects.append(
             {
                 "type": "object",
-                "properties": {entry.name: {"anyOf": [inner, {"type": "null"}]}},
-                "required": [entry.name],
+                "properties": {name: {"anyOf": [_settings_schema(name, model, definitions), {"type": "null"}]}},
+                "required": [name],
                 "additionalProperties": False,
             }
         )
     return {"anyOf": [{"enum": names}, *objects]}
 
 
+def _settings_schema(name: str, model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one plugin; any, where its author chose types that JSON Schema cannot express."""
+    try:
+        inner = model.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")  # two plugins may share a name
+    except Exception:
+        return {"type": "object"}
+    definitions |= {f"{name}.{key}": value for key, value in inner.pop("$defs", {}).items()}
+    return inner
+
+
 def _described(entry: Entry, model: type[BaseModel], facts: dict[str, Any]) -> dict[str, Any]:
-    properties = model.model_json_schema()["properties"]
+    properties = _settings_schema(entry.name, model, {}).get("properties", {})
     settings = [
         {
             "name": name,
-            "type": _type_of(properties[name]),
+            "type": _type_of(properties.get(name, {})),
             "default": "(needed)" if field.is_required() else field.get_default(call_default_factory=True),
             "doc": field.description or "",
         }
@@ -80,7 +95,7 @@ def _described(entry: Entry, model: type[BaseModel], facts: dict[str, Any]) -> d
     return {
         "name": entry.name,
         "origin": entry.origin,
-        "doc": inspect.getdoc(model),
+        "doc": inspect.cleandoc(model.__doc__ or "(says nothing about itself)"),  # not its base class's
         "facts": facts,
         "settings": settings,
     }

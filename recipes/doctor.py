@@ -14,6 +14,7 @@ from onegpu.adapters import ADAPTERS, TASKS, DeviceError, entries, load_base
 from onegpu.adapters.device import compute_dtype, detect
 from onegpu.adapters.files import cache_folder
 from onegpu.adapters.quiet import quietly
+from onegpu.adapters.registry import VARIABLE, Entry
 
 from .describing import breakage
 from .display import human_bytes
@@ -53,9 +54,15 @@ def examine() -> list[Finding]:
     found += [_tried(what, check) for what, check in checks.items()]
     for group in (ADAPTERS, TASKS):
         for entry in entries(group):
-            broken = breakage(group, entry)
-            found.append(Finding(entry.name, broken is None, broken or entry.origin))
+            found.append(_plugin(group, entry))
     return found
+
+
+def _plugin(group: str, entry: Entry) -> Finding:
+    if not entry.allowed:
+        return Finding(entry.name, True, f"{entry.origin}, not allowed by {VARIABLE}")
+    broken = breakage(group, entry)
+    return Finding(entry.name, broken is None, broken or entry.origin)
 
 
 def _tried(what: str, check: Callable[[], str]) -> Finding:

@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from onegpu.adapters import OnegpuError, RecipeError, artefact, load_base
+from onegpu.adapters import OnegpuError, RecipeError, StackError, artefact, load_base
 from onegpu.adapters.base import load_options
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect
+from onegpu.adapters.isolation import answerable
 from onegpu.adapters.sources import Source, locate
+from onegpu.adapters.stack import Named
 
 from .batches import Plan
 from .dataset import Dataset, Split, encode, split_rows
@@ -92,10 +94,19 @@ def preflight(loaded: Loaded) -> Job:
     except OnegpuError as error:
         with loaded.place("base" if isinstance(error, RecipeError) else "adapters"):
             raise
+    _refuse_checkpointing(loaded)
     reader = make_reader(place, loaded, split.labels)
     with loaded.place(*task):
         dataset = encode(loaded.task, split, reader)
     return Job(loaded, source, place, hardware, options, split, reader, dataset)
+
+
+def _refuse_checkpointing(loaded: Loaded) -> None:
+    for named in loaded.stack if loaded.recipe.train.gradient_checkpointing else ():
+        if not named.adapter.capabilities.checkpointing:
+            with loaded.place("train", "gradient_checkpointing"):
+                why = named.adapter.capabilities.because("checkpointing")
+                raise StackError(f"{named.name} cannot work under gradient checkpointing{why}")
 
 
 def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
@@ -103,7 +114,7 @@ def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
     revision, task = loaded.recipe.revision, loaded.task
     with loaded.place("base"):
         tokenizer = _tokenizer(place, loaded)
-    occupied = sum(named.adapter.positions() for named in loaded.stack)
+    occupied = sum(map(_positions, loaded.stack))
     config = AutoConfig.from_pretrained(place, revision=revision).get_text_config()
     # Models with relative positions (T5) state no bound; there the tokenizer's is the only one.
     most = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - occupied
@@ -112,6 +123,11 @@ def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
             raise RecipeError(f"max_length is {task.max_length}, and the model has room for {most} tokens")
     limit = task.max_length or min(most, tokenizer.model_max_length)
     return Reader(tokenizer, limit, frozenset(_stops(place, revision, tokenizer)), labels)
+
+
+def _positions(named: Named) -> int:
+    with answerable(named.name, named.entry, "positions"):
+        return named.adapter.positions()
 
 
 def _tokenizer(place: str, loaded: Loaded) -> Any:

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onegpu.adapters import ADAPTERS, OnegpuError, RecipeError, StackError, build, entries, get
+from onegpu.adapters import ADAPTERS, TASKS, OnegpuError, PluginError, RecipeError, StackError, build, entries, get
 from onegpu.adapters.errors import nearest
+from onegpu.adapters.isolation import answerable
+from onegpu.adapters.registry import VARIABLE, find, unqualified
 from onegpu.adapters.stack import Named, check, split
 from onegpu.adapters.validation import Fault, Path as KeyPath, faults
 
@@ -40,7 +42,7 @@ class Loaded:
     def resolved(self) -> dict[str, Any]:
         """The recipe with every effective value written out; loading this again gives the same run."""
         content = self.recipe.model_dump()
-        content["adapters"] = [{_written(n): n.adapter.model_dump()} for n in self.stack]
+        content["adapters"] = [{_written(n): _settings(n)} for n in self.stack]
         content["task"] = {self.task_name: self.task.model_dump()}
         return content
 
@@ -78,6 +80,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
     if name not in known:
         kind = "no such file" if path.suffix or "/" in name else "no such recipe"
         raise RecipeError(f"recipe {name!r}: {kind}{nearest(name, known)}")
+    if not known[name].allowed:
+        raise PluginError(f"recipe {name!r} of {known[name].origin} is not allowed by {VARIABLE}")
     return parse_recipe(known[name].path.read_text("utf-8"), name=name, folder=Path.cwd(), overrides=overrides)
 
 
@@ -286,10 +290,11 @@ def _task(document: _Document, found: list[Fault]) -> tuple[str, Any]:
         found.append(Fault(("task",), _after_place(str(error))))
         return "", None
     try:
-        task_class = get_task(name)
+        task_class, entry = get_task(name), find(TASKS, name)
+        with answerable(name, entry, "reading its settings"):
+            return name, _validated(task_class, settings, found, ("task", name))
     except OnegpuError as error:
         raise type(error)(document.explain(Fault(("task",), str(error)))) from error
-    return name, _validated(task_class, settings, found, ("task", name))
 
 
 def _after_place(text: str) -> str:
@@ -301,10 +306,10 @@ def _with_belonging(found: Sequence[Fault], content: Mapping[str, Any]) -> list[
     homes = dict.fromkeys(Recipe.model_fields, "at the top level") | dict.fromkeys(Train.model_fields, "under `train`")
     adapters = content.get("adapters")
     plugins = [("adapters", spec, get) for spec in (adapters if isinstance(adapters, list) else [])]
-    for place, spec, find in (*plugins, ("task", content.get("task"), get_task)):
+    for place, spec, loader in (*plugins, ("task", content.get("task"), get_task)):
         try:
             name, _ = split(spec, place)
-            homes = dict.fromkeys(find(name).model_fields, f"under `{name}`") | homes
+            homes = dict.fromkeys(loader(name).model_fields, f"under `{name}`") | homes
         except OnegpuError:
             continue  # that is a fault of its own
     told = []
@@ -320,5 +325,10 @@ def _written(named: Named) -> str:
     """The name that means this adapter here: with its distribution where several offer one of that name."""
     assert named.entry is not None
     name = named.entry.name
-    offered = sum(entry.name == name for entry in entries(ADAPTERS))
-    return name if offered == 1 else f"{named.entry.distribution}:{name}"
+    return name if unqualified(named.entry, entries(ADAPTERS)) else f"{named.entry.distribution}:{name}"
+
+
+def _settings(named: Named) -> dict[str, Any]:
+    """Every setting of an adapter, as plain values whatever types its author chose."""
+    with answerable(named.name, named.entry, "writing its settings"):
+        return named.adapter.model_dump(mode="json")

@@ -90,7 +90,7 @@ def frozen_base(stack: Stack, before: Fingerprint) -> None:
         ProofFailed: naming the first tensor that changed.
     """
     if all(named.adapter.capabilities.base_frozen for named in stack.named):
-        faults, _ = differences(before, stack.model)
+        faults, _ = differences(before, stack.root)
         if faults:
             raise ProofFailed(f"the base should be frozen, and it changed: {faults[0]}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, artefact, attach, load
@@ -19,10 +20,11 @@ from onegpu.adapters.device import grad_scaler
 from onegpu.adapters.files import write_json
 from onegpu.adapters.fingerprints import differences, fingerprint
 
-from .batches import resolve_micro_batch
+from .batches import micro_batches, resolve_micro_batch
 from .checkpoints import read_checkpoint
 from .dataset import describe
 from .display import Display, human_bytes
+from .evaluation import on_device
 from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
@@ -31,6 +33,8 @@ from .runfolder import RunFolder
 from .training import Session, train
 
 __all__ = ["Outcome", "run"]
+
+SAMPLED = 16  # rows that an adapter may look at before it starts
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ def _session(
     settings = job.loaded.recipe.train
     set_seed(settings.seed)
     base = fingerprint(model)
-    stack = attach(model, job.loaded.stack, seed=settings.seed, tokenizer=job.reader.tokenizer)
+    stack = attach(
+        model, job.loaded.stack, seed=settings.seed, tokenizer=job.reader.tokenizer, samples=_samples(job, model.device)
+    )
     if job.loaded.recipe.adapter is not None:
         with job.loaded.place("adapter"):
             _continue_from(job, stack, job.loaded.recipe.adapter)
@@ -144,10 +150,17 @@ def _session(
     return session, save
 
 
+def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:
+    """A few inputs of the run, for adapters that start from data."""
+    rows = job.dataset.train[:SAMPLED]
+    batches = [on_device(job.loaded.task.collate(chunk, job.pad), device) for chunk in micro_batches(rows, 1)]
+    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+
+
 def _continue_from(job: Job, stack: Stack, folder: str) -> None:
     """Give the stack the values of a saved adapter, whose base and classes must be these."""
     manifest = artefact.read(folder).manifest
-    faults, _ = differences(manifest.base.fingerprint, stack.model)
+    faults, _ = differences(manifest.base.fingerprint, stack.root)
     if faults:
         raise RecipeError(f"{folder} was trained on another base: {faults[0]}")
     labels, before = list(job.reader.labels or ()), manifest.run.get("labels") or []
@@ -228,6 +241,10 @@ def _describe(job: Job, display: Display) -> None:
     display.line("data", f"{len(data.train):,} rows of {task.data}, {len(data.evaluation):,} held out; {what}")
     if data.dropped:
         display.line("dropped", describe(data.dropped))
+    for named in job.loaded.stack:
+        if not named.adapter.capabilities.row_by_row:
+            why = named.adapter.capabilities.because("row_by_row")
+            display.line("note", f"with {named.name} the result depends on train.micro_batch{why}")
 
 
 def _describe_base(model: PreTrainedModel, display: Display) -> None:

@@ -97,6 +97,8 @@ def train(s: Session) -> str:
             s.scaler.step(s.optimizer)
             s.scaler.update()
             proof.after_step()
+            for attachment in s.stack.attachments:
+                attachment.after_step(s.step)
             if proof.judged > judged == 0:
                 frozen_base(s.stack, s.base)  # once: it reads every byte of the base
             s.schedule.step()
@@ -148,7 +150,7 @@ def _accumulate(s: Session, window: list[Example], trainable: dict[str, nn.Param
         if (penalty := attachment.penalty()) is not None:  # once per step, so it is weighted like the whole window
             s.scaler.scale(penalty * (weight / world)).backward()
     for parameter in trainable.values():
-        if world > 1:
+        if world > 1 and parameter.requires_grad:  # the others are frozen in this step, on every process
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = s.accelerator.reduce(parameter.grad, "sum")
         if parameter.grad is not None:

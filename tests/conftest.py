@@ -1,6 +1,7 @@
 """Tiny models and small helpers that every test may use. Nothing here reaches a network."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may ask a hub
 
@@ -48,6 +49,15 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(**TINY_BERT)).save_pretrained(root / "bert")
     return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def author_files() -> dict[str, str]:
+    """What docs/write-an-adapter.md lets an author write: file name -> text."""
+    page = (Path(__file__).parent.parent / "docs" / "write-an-adapter.md").read_text("utf-8")
+    files = dict(re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    assert files
+    return files
 
 
 @pytest.fixture

@@ -1,19 +1,20 @@
 """The code in the documentation runs."""
 
+import dataclasses
 import importlib.metadata
 import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from onegpu.adapters import attach, load, registry, save
+from onegpu.adapters import Adapter, Attachment, Capabilities, Context, attach, load, registry, save
 from onegpu.recipes import Train
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,27 @@ def test_the_adapter_in_the_readme_trains_saves_and_loads(
     assert torch.equal(llama(ids).logits, before)
     load(llama, tmp_path / "adapter")
     assert torch.equal(llama(ids).logits, trained)
+
+
+def test_an_author_needs_less_than_sixty_lines(author_files: dict[str, str]) -> None:
+    assert sorted(author_files) == ["onegpu_bottleneck.py", "pyproject.toml", "tests/test_bottleneck.py"]
+    lines = [line for text in author_files.values() for line in text.splitlines() if line.strip()]
+    assert len(lines) < 60
+
+
+def test_the_page_for_authors_names_all_that_one_can_declare_and_override() -> None:
+    page = (ROOT / "docs" / "write-an-adapter.md").read_text("utf-8")
+    capabilities = {field.name for field in dataclasses.fields(Capabilities)} - {"reasons"}
+    context = {field.name for field in dataclasses.fields(Context)}
+    assert [name for name in capabilities | context if f"`{name}`" not in page] == []
+    for contract in (Adapter, Attachment):
+        verbs = [name for name, value in vars(contract).items() if _overridable(name, value)]
+        assert len(verbs) >= 7
+        assert [verb for verb in verbs if f"`{verb}(" not in page] == []
+
+
+def _overridable(name: str, value: Any) -> bool:
+    return not name.startswith("_") and isinstance(value, (FunctionType, classmethod))
 
 
 def test_the_loop_in_the_python_page_runs(saved_models: dict[str, Path], tmp_path: Path) -> None:

@@ -513,7 +513,7 @@ def test_a_manifest_can_name_no_code(
 def test_a_missing_plugin_is_named_with_its_distribution_and_version(fresh: Fresh, saved: Path) -> None:
     record = {"adapter": "toy", "distribution": "toy-adapters", "version": "1.2"}
     _alter_json(saved / MANIFEST, lambda manifest: manifest["adapters"][0].update(record))
-    message = "needs the plugin toy-adapters 1.2 for 'toy'; try `pip install toy-adapters`"
+    message = "needs the plugin toy-adapters 1.2 for 'toy'; try `pip install 'toy-adapters>=1.2'`"
     _refused(fresh("plain"), saved, message, PluginError)
 
 

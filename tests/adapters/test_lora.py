@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from onegpu.adapters import RecipeError, Stack, StackError, TargetError, attach, build, save
-from onegpu.adapters.lora import LoRA, LoRALinear
+from onegpu.adapters.lora import LoRA
+from onegpu.adapters.low_rank import LowRankLinear
 from onegpu.adapters.structure import linears, modules
 
 Fresh = Callable[..., PreTrainedModel]
@@ -30,8 +31,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {path: module for path, module in modules(model) if isinstance(module, LoRALinear)}
+def _layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    return {path: module for path, module in modules(model) if isinstance(module, LowRankLinear)}
 
 
 def _in_peft(stack: Stack, folder: Path, base: nn.Module) -> Any:

@@ -91,7 +91,7 @@ def test_all_faults_of_a_configuration_are_named_at_once() -> None:
 
 def test_an_unknown_adapter_is_a_plugin_error() -> None:
     with pytest.raises(PluginError, match="did you mean 'lora'"):
-        build(["lroa"])
+        build(["loraa"])
     with pytest.raises(PluginError, match="did you mean 'prefix'"):
         get("prefx")
 
@@ -108,8 +108,8 @@ def test_two_of_one_name_are_refused() -> None:
     ("specs", "message"),
     [
         (["nf4", "int8", "lora"], "a base is packed once: choose one of nf4 and int8"),
-        (["nf4", "full"], "full trains what nf4 has packed"),
-        (["full", "nf4"], "full trains what nf4 has packed"),
+        (["nf4", "full"], "full cannot work on what nf4 has packed"),
+        (["full", "nf4"], "full cannot work on what nf4 has packed"),
         (["full", "lora"], "full trains the base itself, so lora beside it"),
         (["lora", "full"], "full trains the base itself, so lora beside it"),
         (["layerwise-lr"], "nothing would be trained"),

@@ -69,6 +69,10 @@ def recipes(chat_recipe: Recipe, class_recipe: Recipe) -> Mapping[str, Callable[
         "adamw-8bit": lambda **train: chat([LORA], optimizer="adamw-8bit", weight_decay=0.01, **train),
         "nf4 and rates": lambda **train: chat(["nf4", LORA, {"layerwise-lr": {"decay": 0.5}}], **train),
         "classifier": lambda **train: class_recipe([LORA], task={"evaluation": 0.2}, train=TRAIN | train),
+        "rows and rates": lambda **train: chat(
+            ["nf4", "pissa", {"trainable-tokens": {"tokens": [5]}}, "lora-plus"], **train
+        ),
+        "lisa": lambda **train: chat([{"lisa": {"active": 1, "interval": 2}}], **train),
         "full classifier": lambda **train: class_recipe(["full"], train=TRAIN | train),
     }
 
@@ -76,7 +80,10 @@ def recipes(chat_recipe: Recipe, class_recipe: Recipe) -> Mapping[str, Callable[
 # Eight training rows make two windows an epoch, ten make three: steps 2, 3 and 4 lie within, at and after an edge.
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("adamw", 2), ("adamw", 3), ("adamw-8bit", 3), ("nf4 and rates", 3), ("classifier", 3), ("full classifier", 4)],
+    [
+        *(("adamw", 2), ("adamw", 3), ("adamw-8bit", 3), ("nf4 and rates", 3), ("classifier", 3)),
+        *(("full classifier", 4), ("rows and rates", 3), ("lisa", 3), ("lisa", 4)),
+    ],
 )
 def test_an_interrupted_and_resumed_run_equals_one_in_one_go(
     name: str,

@@ -193,10 +193,11 @@ def test_an_adapter_that_is_not_installed_is_missing(name: str, onegpu: Command)
 
 
 def test_tracebacks_are_shown_on_demand_only(workplace: Path, onegpu: Command) -> None:
-    from onegpu.adapters import RecipeError
-
-    with pytest.raises(RecipeError):
-        onegpu("--debug", "show", "quickstrat")
+    for arguments, shown in ((["show", "quickstrat"], False), (["--debug", "show", "quickstrat"], True)):
+        code, _, err = onegpu(*arguments)
+        assert code == 2
+        assert ("Traceback" in err) is shown
+        assert err.splitlines()[-1].startswith("onegpu: recipe 'quickstrat'")
 
 
 # --- the installed script ---------------------------------------------------------------------------------------------
@@ -265,7 +266,21 @@ def test_listings_are_the_same_as_json(command: str, onegpu: Command) -> None:
     as_json = json.loads(onegpu(command, "--json")[1])
     assert code == 0
     assert as_json
-    assert [line.split()[0] for line in out.splitlines()] == [row["name"] for row in as_json]
+    assert {row["name"] for row in as_json} <= set(out.split())
+
+
+def test_sixty_adapters_are_listed_in_few_lines_of_eighty_columns(
+    declare: Callable[..., None], onegpu: Command
+) -> None:
+    before = len(onegpu("adapters")[1].splitlines())
+    for i in range(60):
+        declare(ADAPTERS, f"a-method-{i}", "onegpu_no_such_module:Toy")
+    out = onegpu("adapters")[1].splitlines()
+    assert max(map(len, out)) <= 80
+    assert len(out) - before <= 16
+    ours, theirs = [line for line in out if not line.startswith(" ")]  # a heading for each distribution, ours first
+    assert ours.startswith("onegpu ")
+    assert theirs == "other 1.0"
 
 
 @pytest.mark.parametrize(("command", "name"), [("adapters", "lora"), ("tasks", "chat")])
@@ -286,10 +301,8 @@ def test_a_broken_plugin_is_listed_as_broken_and_disturbs_nothing(
     assert "BROKEN" not in onegpu(command)[1]
     code, out, _ = onegpu(command, "--check")
     assert code == 0
-    assert [line for line in out.splitlines() if "BROKEN" in line] == [
-        line for line in out.splitlines() if line.startswith("toy")
-    ]
-    assert "toy of other 1.0 is broken: ModuleNotFoundError" in out
+    theirs = out.partition("other 1.0\n")[2]
+    assert theirs.startswith("  toy  BROKEN: toy of other 1.0 is broken: ModuleNotFoundError")
     rows = {row["name"]: row["broken"] for row in json.loads(onegpu(command, "--check", "--json")[1])}
     assert [name for name, reason in rows.items() if reason] == ["toy"]
 
@@ -308,9 +321,9 @@ def test_a_name_that_two_offer_is_listed_as_ambiguous_and_refused_until_one_is_p
     workplace: Path, declare: Callable[..., None], onegpu: Command
 ) -> None:
     declare(ADAPTERS, "lora", "onegpu.adapters.lora:LoRA")
-    lines = [line for line in onegpu("adapters")[1].splitlines() if line.startswith("lora ")]
-    assert len(lines) == 2
-    assert all("ambiguous" in line for line in lines)
+    lines = [line.strip() for line in onegpu("adapters")[1].splitlines() if "ambiguous" in line]
+    assert [line.split(" ", 1)[0] for line in lines] == ["lora", "lora"]
+    assert [line.rpartition(" ")[2] for line in lines] == ["onegpu:lora", "other:lora"]
     _assert_refused(workplace, onegpu("show", "recipe.yaml"), 3, ["onegpu:lora or other:lora"])
     _change(workplace, ("lora:", "other:lora:"))
     code, out, _ = onegpu("show", "recipe.yaml")

@@ -92,7 +92,7 @@ def test_a_complete_recipe_is_read() -> None:
 
 
 def test_there_are_leaf_keys_in_every_section() -> None:
-    assert len(ADAPTER_NAMES) == 7
+    assert len(ADAPTER_NAMES) >= 60
     assert len(LEAVES) > 40
     assert {section for section, _ in LEAVES} == set(SECTIONS)
 
@@ -234,7 +234,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
         ("[lora, {lora: {rank: 4}}]", "two adapters are called 'lora'"),
         ("[lora, {prefix: {name: lora}}]", "two adapters are called 'lora'"),
         ("[nf4, int8, lora]", "a base is packed once"),
-        ("[nf4, full]", "full trains what nf4 has packed"),
+        ("[nf4, full]", "full cannot work on what nf4 has packed"),
         ("[full, lora]", "full trains the base itself"),
         ("[nf4]", "nothing would be trained"),
         ("[]", "nothing would be trained"),

@@ -180,12 +180,14 @@ run(load_recipe(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.parametrize("adapter", [LORA, {"lisa": {"active": 1, "interval": 1}}], ids=["lora", "lisa"])
 @pytest.mark.parametrize(
     "split", [{"micro_batch": 3}, {"micro_batch": 5, "effective_batch": 10, "steps": 1, "epochs": None}], ids=str
 )
 @pytest.mark.slow
 def test_two_processes_step_as_one_does(
     split: dict[str, Any],
+    adapter: dict[str, Any],
     chat_recipe: Recipe,
     updates: Updates,
     saved_tensors: Callable[[Path], Tensors],
@@ -194,9 +196,9 @@ def test_two_processes_step_as_one_does(
 ) -> None:
     # Windows of 4, 4 and 2 rows in passes of 3: of the last one, the second process gets nothing.
     settings = {"epochs": 1, "steps": None, "effective_batch": 4, "learning_rate": 0.125} | split
-    ((expected, losses),) = updates(chat_recipe, [LORA], [settings])
+    ((expected, losses),) = updates(chat_recipe, [adapter], [settings])
     recipe, script = tmp_path / "recipe.yaml", tmp_path / "go.py"
-    recipe.write_text(chat_recipe([LORA], train=EXACT | settings).as_yaml(), "utf-8")
+    recipe.write_text(chat_recipe([adapter], train=EXACT | settings).as_yaml(), "utf-8")
     script.write_text(TWO_PROCESSES, "utf-8")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
