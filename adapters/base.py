@@ -79,7 +79,8 @@ def load_base(
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
     """The packed layers are ours now; to transformers and whoever trains it this is an ordinary model again."""
-    model.hf_quantizer.remove_quantization_config(model)
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by these, trl would round all that trains to bfloat16
         vars(model).pop(mark, None)
 

@@ -1,4 +1,4 @@
-"""What each installed adapter was proved to do: `python -m onegpu.adapters.capability_table > docs/adapters.md`.
+"""What each installed adapter was proved to do: `python -m onegpu.adapters.capability_table docs/adapters.md`.
 
 Every cell comes from the conformance suite. A `no` has the reason that the adapter gives.
 """
@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .conformance import Report, prove
+from .files import write_text
 from .registry import ADAPTERS, entries
 from .stack import get
 from .tiny_models import ROWS
@@ -35,7 +37,8 @@ LINK = re.compile(r"https://(?:arxiv\.org|aclanthology\.org|openreview\.net|doi\
 HEAD = """# Adapters
 
 What each one is, and what the conformance suite proved it to do, on models made for that: a Llama, a BERT with a head
-of three classes, a T5. Written by `python -m onegpu.adapters.capability_table`; a test proves every cell again.
+of three classes, a T5. A test proves every cell again; `python -m onegpu.adapters.capability_table docs/adapters.md`
+writes the page.
 
 - **nf4 base**: trains over packed linears, whose bytes stay as they are (int8 too).
 - **checkpointing**: gradients are the same with gradient checkpointing, reentrant or not, switched on before or after.
@@ -120,7 +123,8 @@ def row_of(report: Report) -> Row:
     """One adapter's line, and what it is."""
     text = inspect.getdoc(get(report.adapter)) or ""
     link = LINK.search(text)
-    summary = LINK.sub("", text.partition("\n")[0]).replace("()", "").strip().replace("|", "\\|")
+    first = " ".join(LINK.sub("", text.partition("\n\n")[0]).split()).partition(". ")[0]
+    summary = first.replace("()", "").replace(" ;", ";").strip(" .").replace("|", "\\|") + "."
     return Row(report.adapter, summary, link.group().rstrip(".") if link else "", cells(report))
 
 
@@ -142,8 +146,8 @@ def _line(fields: Sequence[str]) -> str:
     return f"| {' | '.join(fields)} |"
 
 
-def main() -> None:
-    """Prove every registered adapter and print the page; what failed is named, and ends it with an error."""
+def main(arguments: Sequence[str]) -> None:
+    """Prove every registered adapter and write the page to a file, or print it; nothing is written if one fails."""
     torch.set_num_threads(1)  # on matrices this small, threads wait for one another longer than they compute
     reports = []
     for name in dict.fromkeys(entry.name for entry in entries(ADAPTERS)):
@@ -152,8 +156,12 @@ def main() -> None:
     failures = [f"{r.adapter}: {check}: {why}" for r in reports for check, why in r.failures.items()]
     if failures:
         raise SystemExit("\n".join(failures))
-    print(page([row_of(report) for report in reports]), end="")
+    text = page([row_of(report) for report in reports])
+    if arguments:
+        write_text(Path(arguments[0]), text)
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -173,7 +173,7 @@ def merging(case: Case) -> None:
 
 def _assert_merges(case: Case, stack: Stack, before: Snapshot) -> None:
     expected = case.logits(stack.model)
-    _merge(stack)
+    stack.merge()
     merged = case.logits(stack.model)
     error = float((merged - expected).abs().max() / expected.abs().max())
     assert error <= MERGED, f"merged logits differ by {error:.2g} of the largest one ({MERGED:g} is allowed)"
@@ -197,11 +197,6 @@ def _assert_merges_or_refuses(case: Case) -> None:
         assert_equal(case.logits(model), outputs, "refusing to merge into a packed base, it changes outputs")
     except AssertionError as fault:
         raise AssertionError(f"merging into a packed base is not refused with a StackError, and {fault}") from None
-
-
-def _merge(stack: Stack) -> None:
-    for attachment in reversed(stack.attachments):
-        attachment.merge()
 
 
 def several(case: Case) -> None:

@@ -19,10 +19,15 @@ import torch
 
 from . import checks_attached, checks_declared, checks_gradients, checks_saved
 from .conformance_case import Case, Declared, case_of
+from .contract import Capabilities
 from .quiet import quietly
 from .tiny_models import FAMILIES, Family
 
 __all__ = ["CHECKS", "Check", "Conformance", "Outcome", "Report", "prove"]
+
+
+KINDS = ("decoders", "encoders", "encoder_decoder")  # an adapter that declares none of them only explains itself
+NOWHERE = "it declares that it works on no model"
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Check:
     capability: str | None = None  # without it, the check is declared away
     otherwise: str = ""  # what that means, where the adapter gives no reason
     trainers_only: bool = False
+    needs_model: bool = True  # False for what is known without one
 
     @property
     def proves(self) -> str:
@@ -47,6 +53,8 @@ class Check:
             Declared: the adapter declares that it cannot.
         """
         capabilities = case.capabilities
+        if self.needs_model and _works_nowhere(capabilities):
+            raise Declared(next((capabilities.reasons[k] for k in KINDS if k in capabilities.reasons), NOWHERE))
         if self.capability is not None and not getattr(capabilities, self.capability):
             raise Declared(capabilities.reasons.get(self.capability, self.otherwise))
         if self.trainers_only and not capabilities.trains:
@@ -56,8 +64,8 @@ class Check:
 
 
 CHECKS: Mapping[str, Check] = {
-    "listing": Check(checks_declared.listing),
-    "configuration": Check(checks_declared.configuration),
+    "listing": Check(checks_declared.listing, needs_model=False),
+    "configuration": Check(checks_declared.configuration, needs_model=False),
     **{family: Check(checks_declared.trains_on(family)) for family in FAMILIES},
     "identity": Check(checks_attached.identity, "identity_at_start", "a fresh one changes the outputs"),
     "trainable": Check(checks_attached.trainable),
@@ -130,7 +138,7 @@ def prove(
 
 def _outcome(check: Check, adapter: str, config: Mapping[str, Any], beside: Sequence[str]) -> Outcome:
     try:
-        check(case_of(adapter, config, beside))
+        check(_case(check, adapter, config, beside))
     except Declared as reason:
         return Outcome("declared", str(reason))
     except AssertionError as fault:
@@ -138,6 +146,17 @@ def _outcome(check: Check, adapter: str, config: Mapping[str, Any], beside: Sequ
     except Exception as cause:  # a fault of the adapter must not hide what else it does
         return Outcome("failed", f"{type(cause).__name__}: {cause}")
     return Outcome("proved")
+
+
+def _case(check: Check, adapter: str, config: Mapping[str, Any], beside: Sequence[str]) -> Case:
+    bare = Case(adapter, config, FAMILIES[0], tuple(beside))
+    if not check.needs_model or _works_nowhere(bare.capabilities):
+        return bare
+    return case_of(adapter, config, beside)
+
+
+def _works_nowhere(capabilities: Capabilities) -> bool:
+    return not any(getattr(capabilities, kind) for kind in KINDS)
 
 
 class Conformance:
@@ -150,7 +169,7 @@ class Conformance:
     def _prove(self, check: str) -> None:
         try:
             with torch.random.fork_rng():
-                CHECKS[check](case_of(self.adapter, self.config, self.beside))
+                CHECKS[check](_case(CHECKS[check], self.adapter, self.config, self.beside))
         except Declared as reason:
             raise SkipTest(f"{self.adapter} declares: {reason}") from None
 

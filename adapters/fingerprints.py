@@ -14,10 +14,12 @@ from .structure import head_modules, modules, unwrap
 
 __all__ = ["Fingerprint", "differences", "fingerprint"]
 
-# Settings that say how a model is run, labelled or stored, not what it is.
+# Settings that say how a model is run, labelled or stored, not what it is; a Trainer sets special tokens as its
+# tokenizer has them.
 NOT_CONTENT = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "architectures"),
-    *("use_cache", "pad_token_id", "num_labels", "id2label", "label2id", "problem_type", "return_dict"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    *("use_cache", "num_labels", "id2label", "label2id", "problem_type", "return_dict"),
     *("attn_implementation", "_attn_implementation", "output_hidden_states"),
 }
 

@@ -177,8 +177,12 @@ ROWS: dict[PeftType, Row] = {
     ),
     PeftType.OSF: Row(
         "OSF: the small singular directions of a weight (https://arxiv.org/abs/2504.07097)",
-        declares=NOT_IDENTITY | {"several": False},
-        reasons=ROUNDED["reasons"] | {"several": "PEFT trains the first only"},
+        declares=NOT_IDENTITY | {"several": False, "half_bases": False},
+        reasons=ROUNDED["reasons"]
+        | {
+            "several": "PEFT trains the first only",
+            "half_bases": "PEFT puts the weight together in the base's dtype, and rounding eats the gradient",
+        },
     ),
     PeftType.PEANUT: Row("PEANuT: a small network of the weight (https://arxiv.org/abs/2410.01870)"),
     PeftType.POLY: Row(

@@ -20,7 +20,7 @@ from .contract import Attachment, Context
 from .errors import StackError
 from .peft_bridge import Bridged, keeping_what_trains, quiet_peft, seeded
 from .peft_config import differing
-from .structure import family, modules, unwrap, without_wrappers
+from .structure import Addition, family, modules, unwrap, without_wrappers
 
 __all__ = ["CachedPrompt", "Prompt", "PromptAttachment"]
 
@@ -120,6 +120,12 @@ class PromptAttachment(Attachment):
             parameter.data = parameter.data.float()
             if parameter.requires_grad:
                 self.parameters[f"{place}.{path}.{name}"] = parameter
+        # PEFT keeps the encoder beside the model, where `model.zero_grad()`, clipping and `.train()` miss it.
+        hung = Addition()
+        hung.add_module("encoder", self.encoder)
+        hung.training = model.training
+        backbone.add_module(f"prompt_{name}", hung)
+        self._backbone = backbone
         self._signature = inspect.signature(backbone.forward)
         enter = self._before_embeddings if adapter.needs == "inputs_embeds" else self._before_keys
         self._hooks = [backbone.register_forward_pre_hook(self._taking(enter), with_kwargs=True)]
@@ -239,6 +245,7 @@ class PromptAttachment(Attachment):
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        delattr(self._backbone, f"prompt_{self.name}")
 
     def peft_config(self) -> dict[str, Any] | None:
         if not self.adapter.capabilities.peft_readable:

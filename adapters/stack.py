@@ -19,7 +19,7 @@ from .fingerprints import Fingerprint, fingerprint
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
 from .registry import ADAPTERS, Entry
-from .structure import Layers, family, head_modules
+from .structure import Addition, Layers, family, head_modules
 from .validation import faults
 
 __all__ = [
@@ -174,6 +174,7 @@ class Stack:
     heads: dict[str, nn.Parameter] = field(default_factory=dict)
     base: Fingerprint | None = None  # of the base as it was, where an adapter trains the base itself
     _off: set[str] = field(default_factory=set)  # names of those that are switched off
+    _beside: dict[str, str] = field(default_factory=dict)  # instance -> child of the base that shows its tensors
     _undo: list[Any] = field(default_factory=list)
     _key: object = field(default_factory=object)
 
@@ -247,10 +248,37 @@ class Stack:
         if len(self.attachments) == 1:
             raise StackError(f"{name!r} is the only adapter that is attached: detach the stack instead")
         attachment.detach()
-        self.attachments.remove(attachment)
-        self.named = tuple(n for n in self.named if n.name != name)
-        self._off.discard(name)
+        self._forget(attachment)
         _remember(self)
+
+    def merge(self) -> None:
+        """Fold every instance into the base's weights, last first; the stack is then detached, and the base another.
+
+        Raises:
+            StackError: one declares that it cannot be merged, and nothing has changed; or one cannot be merged into
+                this base, and those behind it have been.
+        """
+        for n in self.named:
+            if n.adapter.capabilities.trains and not n.adapter.capabilities.mergeable:
+                raise StackError(
+                    f"{n.name} cannot be merged into the base{n.adapter.capabilities.because('mergeable')}"
+                )
+        for attachment in reversed(self.attachments[:]):
+            attachment.merge()
+            self._forget(attachment)
+        self._leave()
+
+    def _forget(self, attachment: Attachment) -> None:
+        self.attachments.remove(attachment)
+        self.named = tuple(n for n in self.named if n.name != attachment.name)
+        self._off.discard(attachment.name)
+        if attachment.name in self._beside:
+            delattr(self.root, self._beside.pop(attachment.name))
+
+    def _leave(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        del _ATTACHED[self.root][self._key]
 
     def _attachment(self, name: str) -> Attachment:
         found = next((a for a in self.attachments if a.name == name), None)
@@ -268,9 +296,10 @@ class Stack:
             raise StackError("this stack is not attached any more")
         for attachment in reversed(self.attachments):
             attachment.detach()
-        for undo in reversed(self._undo):
-            undo()
-        del _ATTACHED[self.root][self._key]
+        for child in self._beside.values():
+            delattr(self.root, child)
+        self._beside.clear()
+        self._leave()
 
 
 class _Present(NamedTuple):
@@ -339,6 +368,7 @@ def attach(
         if attachment is not None:
             stack.attachments.append(attachment)
     _pass_gradients_through_checkpoints(stack)
+    _show_beside(stack)
     _remember(stack)
     return stack
 
@@ -411,6 +441,22 @@ def _floats_as_float32(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}
+
+
+def _show_beside(stack: Stack) -> None:
+    """Put tensors that an adapter keeps beside the model into it.
+
+    A Trainer finds what it optimises, clips and zeroes in `model.parameters()`; others would never be trained, or
+    their gradients would add up from step to step.
+    """
+    for attachment in stack.attachments:
+        inside = {id(p) for p in stack.root.parameters()}
+        beside = [p for p in attachment.trainable().values() if id(p) not in inside]
+        if beside:
+            shown = Addition()
+            shown.tensors = nn.ParameterList(beside)
+            child = stack._beside[attachment.name] = f"beside_{attachment.name}"
+            stack.root.add_module(child, shown.train(stack.root.training))
 
 
 def _pass_gradients_through_checkpoints(stack: Stack) -> None:

@@ -153,6 +153,7 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
         name
         for name, child in model.named_children()
         if child is not model.base_model
+        and not isinstance(child, Addition)
         and not output.startswith(name)
         and next(unwrap(child).parameters(), None) is not None
     )

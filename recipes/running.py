@@ -35,6 +35,7 @@ from .training import Session, train
 __all__ = ["Outcome", "run"]
 
 SAMPLED = 16  # rows that an adapter may look at before it starts
+SHOWN_GROUPS = 8  # a table of more would push everything else off the screen
 
 
 @dataclass(frozen=True)
@@ -256,14 +257,17 @@ def _describe_base(model: PreTrainedModel, display: Display) -> None:
 
 
 def _describe_groups(groups: list[Group], learning_rate: float, display: Display) -> None:
-    """The groups as a table: every trainable tensor is in exactly one."""
-    for group in groups:
-        row = group.row(learning_rate)
+    """The groups as a table: every trainable tensor is in exactly one. Of many, the slowest and the fastest."""
+    rows = [group.row(learning_rate) for group in groups]
+    shown = rows if len(rows) <= SHOWN_GROUPS else sorted(rows, key=lambda row: float(row["learning_rate"]))
+    for row in shown if shown is rows else (*shown[:2], *shown[-2:]):
         display.line(
             "group",
             f"{row['tensors']:>4} tensors {row['elements']:>11,} parameters  lr {row['learning_rate']:.2e}  "
             f"decay {row['weight_decay']:g}",
         )
+    if shown is not rows:
+        display.line("groups", f"{len(rows)} in all, these are the slowest and the fastest; manifest.json lists each")
 
 
 def _report(outcome: Outcome, display: Display, seconds: float) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import string
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may ask a hub
 
@@ -11,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 TINY_LLAMA: dict[str, Any] = {
     "vocab_size": 64,
@@ -49,6 +62,28 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(**TINY_BERT)).save_pretrained(root / "bert")
     return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def worded(saved_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain Llama with a tokenizer: letters and a few signs, one token each."""
+    folder = tmp_path_factory.mktemp("worded") / "base"
+    shutil.copytree(saved_models["plain"], folder)
+    tokens = ["<pad>", "<end>", "<unknown>", *string.ascii_lowercase, *string.digits, *" .?"]
+    inner = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unknown>"))
+    inner.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def peft_folder(llama: PreTrainedModel, tmp_path: Path) -> Path:
+    """A folder that stock PEFT saved of the plain Llama with LoRA."""
+    get_peft_model(llama, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "stock"))
+    return tmp_path / "stock"
 
 
 @pytest.fixture(scope="session")

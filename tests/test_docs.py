@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from onegpu.adapters import Adapter, Attachment, Capabilities, Context, attach, load, registry, save
 from onegpu.recipes import Train
@@ -90,13 +93,23 @@ def _overridable(name: str, value: Any) -> bool:
     return not name.startswith("_") and isinstance(value, (FunctionType, classmethod))
 
 
-def test_the_loop_in_the_python_page_runs(saved_models: dict[str, Path], tmp_path: Path) -> None:
-    code = code_block("docs/python.md", "# Without recipes")
-    code = code.replace('"BASE"', repr(str(saved_models["plain"]))).replace(
-        '"ADAPTER"', repr(str(tmp_path / "adapter"))
-    )
-    exec(code, {})
-    assert (tmp_path / "adapter" / "manifest.json").is_file()
+def test_the_code_in_the_python_page_runs(
+    worded: Path, peft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "python.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*was saved by PEFT|.*activation_checkpointing")
+            exec(block.replace('"BASE"', repr(str(worded))).replace('"PEFT-FOLDER"', repr(str(peft_folder))), names)
+    written = ("ADAPTER", "ADAPTER-FOR-PEFT", "RUNS/adapter-2")
+    assert [name for name in written if not (tmp_path / name / "manifest.json").is_file()] == []
+    stock, ours = (load_file(folder / "adapter_model.safetensors") for folder in (peft_folder, tmp_path / written[1]))
+    assert ours.keys() == stock.keys()
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(worded), tmp_path / written[1])
 
 
 def test_the_settings_page_names_every_setting_of_train_and_its_default() -> None:

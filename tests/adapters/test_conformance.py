@@ -219,7 +219,9 @@ def _installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     block = re.search(r"```python\n(.*?)```", gain, re.DOTALL)
     assert block
     (root / "readme_gain.py").write_text(block.group(1), "utf-8")
-    points = ["ray = healthy_ray:Ray", "gain = readme_gain:Gain"]
+    refusing = "encoders=False, decoders=False, encoder_decoder=False, reasons={'decoders': 'it has no legs'}"
+    (root / "refuses_all.py").write_text(healthy.replace("mergeable=True, peft_readable=True", refusing), "utf-8")
+    points = ["ray = healthy_ray:Ray", "gain = readme_gain:Gain", "refuses = refuses_all:Ray"]
     for name, defect in DEFECTS.items():
         assert healthy.count(defect.old) == 1, f"{name} would break nothing"
         broken = healthy.replace(defect.old, defect.new).replace("class Rays", "kept: Any = {}\n\n\nclass Rays")
@@ -274,6 +276,14 @@ def test_an_adapter_that_nobody_declares_is_caught() -> None:
     failures = prove("nobody", checks=["listing", "identity"]).failures
     assert all("no adapter is called 'nobody'" in message for message in failures.values())
     assert failures.keys() == {"listing", "identity"}
+
+
+@pytest.mark.usefixtures("_installed")
+def test_one_that_declares_no_kind_of_model_only_has_to_explain_itself() -> None:
+    outcomes = prove("refuses").outcomes
+    assert {name for name, outcome in outcomes.items() if outcome.status == "proved"} == {"listing", "configuration"}
+    assert {outcome.reason for outcome in outcomes.values() if outcome.status == "declared"} == {"it has no legs"}
+    assert {outcome.status for outcome in outcomes.values()} == {"proved", "declared"}
 
 
 @pytest.mark.usefixtures("_installed")

@@ -39,7 +39,13 @@ def test_another_configuration_is_noticed_though_all_tensors_agree(fresh: Fresh)
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_cache", False), ("_name_or_path", "elsewhere"), ("pad_token_id", 3), ("id2label", {0: "a", 1: "b"})],
+    [
+        ("use_cache", False),
+        ("_name_or_path", "elsewhere"),
+        ("pad_token_id", 3),
+        ("eos_token_id", 3),
+        ("id2label", {0: "a", 1: "b"}),
+    ],
 )
 def test_how_a_model_is_run_or_labelled_is_no_content(fresh: Fresh, key: str, value: Any) -> None:
     stored, model = fingerprint(fresh("plain")), fresh("plain")

@@ -87,7 +87,7 @@ def test_what_two_add_to_a_linear_adds_up(model: PreTrainedModel, noise: Noise) 
 
 def test_two_methods_of_peft_cannot_share_a_module(model: PreTrainedModel) -> None:
     before = out(model)
-    with pytest.raises(StackError, match="ia3 and another method of PEFT's both want model.layers.0.self_attn.q_proj"):
+    with pytest.raises(StackError, match=r"ia3 and another method of PEFT's both want model.layers.0.self_attn.q_proj"):
         attach(model, ["vera", "ia3"])
     assert torch.equal(out(model), before)
     stack = attach(model, [{"vera": {"targets": ["q_proj"]}}, {"ia3": {"targets": ["v_proj"]}}, "ln-tuning"])
@@ -115,7 +115,7 @@ def test_two_of_one_kind_are_switched_and_removed_by_name(model: PreTrainedModel
 
 
 def test_a_model_can_have_one_where_the_method_says_so(model: PreTrainedModel) -> None:
-    with pytest.raises(StackError, match="second would be the second of its kind, .*PEFT runs one at a time"):
+    with pytest.raises(StackError, match=r"second would be the second of its kind, .*PEFT runs one at a time"):
         build_and_attach(model, [{"ln-tuning": {"name": "first"}}, {"ln-tuning": {"name": "second"}}])
     attach(model, [{"ln-tuning": {"name": "first"}}])
     with pytest.raises(StackError, match="a model can have one"):
@@ -131,7 +131,7 @@ def build_and_attach(model: PreTrainedModel, specs: list[Any]) -> None:
 
 def test_what_peft_refuses_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     before, modules = out(model), [type(m) for m in model.modules()]
-    with pytest.raises(StackError, match="c3a cannot be attached: The block size should be a factor"):
+    with pytest.raises(StackError, match=r"c3a cannot be attached: The block size should be a factor"):
         attach(model, ["lora", "c3a"])
     assert torch.equal(out(model), before)
     assert [type(m) for m in model.modules()] == modules
@@ -144,9 +144,9 @@ def test_what_peft_refuses_is_refused_before_weights_are_read() -> None:
 
 
 def test_targets_are_those_of_lora(model: PreTrainedModel) -> None:
-    with pytest.raises(TargetError, match="'q_prj' matches no linear layer; did you mean 'q_proj'"):
+    with pytest.raises(TargetError, match=r"'q_prj' matches no linear layer; did you mean 'q_proj'"):
         attach(model, [{"vera": {"targets": ["q_prj"]}}])
-    with pytest.raises(TargetError, match="'layernrm' matches none of the norms"):
+    with pytest.raises(TargetError, match=r"'layernrm' matches none of the norms"):
         attach(model, [{"ln-tuning": {"targets": ["layernrm"]}}])
     stack = attach(model, [{"oft": {"targets": "*.layers.1.*_proj"}}])
     assert all(".layers.1." in name for name in stack.trainable())
@@ -166,7 +166,7 @@ def test_what_the_stack_decides_is_no_setting(setting: str) -> None:
 
 def test_gradient_checkpointing_is_refused_where_it_would_be_wrong(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(StackError, match="prefix-tuning cannot work under gradient checkpointing: .*`prefix`"):
+    with pytest.raises(StackError, match=r"prefix-tuning cannot work under gradient checkpointing: .*`prefix`"):
         attach(model, ["prefix-tuning"])
 
 
@@ -255,7 +255,7 @@ def test_eva_starts_from_data_as_in_peft(model: PreTrainedModel) -> None:
 
 
 def test_eva_without_data_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(StackError, match="`eva` starts from data, so attach.. needs `samples`"):
+    with pytest.raises(StackError, match=r"`eva` starts from data, so attach.. needs `samples`"):
         attach(model, [{"peft-lora": {"init_lora_weights": "eva"}}])
     assert not any(hasattr(m, "lora_A") for m in model.modules())
 
