@@ -32,9 +32,11 @@ from .registry import ADAPTERS, API, RECIPES, TASKS, Entry, entries
 
 if TYPE_CHECKING:
     from .artefact import load, save
+    from .attaching import attach
     from .base import load_base
     from .contract import Adapter, Attachment, Capabilities, Context, LoadOptions, Rate
-    from .stack import Stack, attach, build, get, rates
+    from .specs import build, get
+    from .stack import Stack, rates
     from .structure import linear_shape
     from .targets import resolve
 
@@ -42,7 +44,9 @@ _HOME = {
     **dict.fromkeys(("load", "save"), "artefact"),
     **dict.fromkeys(("load_base",), "base"),
     **dict.fromkeys(("Adapter", "Attachment", "Capabilities", "Context", "LoadOptions", "Rate"), "contract"),
-    **dict.fromkeys(("Stack", "attach", "build", "get", "rates"), "stack"),
+    **dict.fromkeys(("attach",), "attaching"),
+    **dict.fromkeys(("build", "get"), "specs"),
+    **dict.fromkeys(("Stack", "rates"), "stack"),
     **dict.fromkeys(("linear_shape",), "structure"),
     **dict.fromkeys(("resolve",), "targets"),
 }

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import registry
+from .attaching import attach
 from .contract import Adapter, Attachment
 from .errors import ArtefactError, PluginError, nearest
 from .files import atomic_folder, write_json, write_text
 from .fingerprints import Fingerprint, differences, fingerprint
-from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, read
-from .peft_folders import is_peft_folder, read_peft_folder
+from .frozen_linear import packed_as
+from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, is_peft_folder, read
 from .registry import ADAPTERS
-from .stack import Stack, attach, packed_as
+from .stack import Stack
 
 __all__ = ["MANIFEST", "confirm", "fill", "load", "read", "save", "specs"]
 
@@ -282,6 +283,8 @@ def _pick(record: AdapterRecord) -> str:
 
 
 def _load_from_peft(model: nn.Module, folder: Path) -> Stack:
+    from .bridge.folders import read_peft_folder  # PEFT is slow to import, and our own folders do not need it
+
     theirs = read_peft_folder(folder, model)
     warnings.warn(
         f"{folder} was saved by PEFT and does not name the base it was trained on: only keys and shapes were compared",

@@ -16,7 +16,7 @@ from .frozen_linear import FrozenLinear
 from .isolation import answerable
 from .quiet import quietly
 from .sources import Source, locate
-from .stack import Named, Spec, build, check_family, refuse_half
+from .specs import Named, Spec, build, check_family, refuse_half
 from .structure import head_modules, output_embeddings
 
 __all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FrozenLinear", "PackedWeight"]
+__all__ = ["FrozenLinear", "PackedWeight", "packed_as"]
 
 
 class PackedWeight(nn.Module, ABC):
@@ -75,3 +75,8 @@ class _FrozenMatmul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (..., out) -> (..., in)
         return grad @ ctx.packed.dequantise(grad.dtype), None
+
+
+def packed_as(model: nn.Module) -> str | None:
+    """How the base's linears are packed (`nf4`, ...), or None for a float base."""
+    return next((m.packed.kind for m in model.modules() if isinstance(m, FrozenLinear)), None)

@@ -24,6 +24,7 @@ __all__ = [
     "Manifest",
     "Saved",
     "card",
+    "is_peft_folder",
     "read",
     "read_json",
     "read_tensors",
@@ -108,6 +109,15 @@ def read(folder: str | Path) -> Saved:
     tensors = {name: read_tensors(folder / name / TENSORS) for name in names}
     configs = {name: read_json(folder / name / CONFIG) for name in names}
     return Saved(folder, manifest, tensors, configs)
+
+
+def is_peft_folder(folder: Path) -> bool:
+    """Whether PEFT wrote it: tensors that may be read, and a configuration with a type of PEFT's."""
+    try:
+        kind = json.loads((folder / CONFIG).read_text("utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(kind, str) and (folder / TENSORS).is_file()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

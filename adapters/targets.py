@@ -1,14 +1,19 @@
-"""Which linears an adapter changes: names, patterns or `all-linear`, resolved to a full list before anything runs."""
+"""Which modules an adapter changes: names, patterns or `all-linear`, resolved to a full list before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import TargetError, nearest
 from .structure import head_modules, linears, modules, output_embeddings, unwrap
 
-__all__ = ["ALL_LINEAR", "matches", "resolve", "shortest_names"]
+__all__ = ["ALL_LINEAR", "Kind", "matches", "resolve", "resolve_kind", "shortest_names"]
+
+Kind = Literal["linears", "norms", "embeddings", "blocks"]
 
 ALL_LINEAR = "all-linear"
 
@@ -93,3 +98,47 @@ def _refuse_fused_experts(model: nn.Module) -> None:
                     f"{ALL_LINEAR} would leave {path}.{name} {tuple(parameter.shape)} unadapted, which holds many "
                     "matrices in one parameter; list the targets by name to adapt the rest only"
                 )
+
+
+def resolve_kind(model: nn.Module, targets: str | Sequence[str], kind: Kind) -> dict[str, nn.Module]:
+    """The modules of another kind than linears that `targets` name (`all` for every one); heads are left out.
+
+    Raises:
+        TargetError: an entry matches none of them.
+    """
+    heads = head_modules(model)
+    among = {
+        path: module
+        for path, module in modules(model)
+        if IS_A[kind](unwrap(module), model) and not any(path == h or path.startswith(f"{h}.") for h in heads)
+    }
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    chosen: set[str] = set()
+    for entry in wanted:
+        hits = {path for path in among if entry == "all" or matches(path, entry)}
+        if not hits:
+            names = sorted({path.rpartition(".")[2] for path in among})
+            raise TargetError(f"target {entry!r} matches none of the {kind}{nearest(entry, names)}")
+        chosen |= hits
+    return {path: module for path, module in among.items() if path in chosen}
+
+
+def _is_norm(module: nn.Module, model: nn.Module) -> bool:
+    """Something with one scale per feature and nothing inside: LayerNorm, RMSNorm, whatever a model calls its own."""
+    own = dict(module.named_parameters(recurse=False))
+    return not list(module.children()) and "weight" in own and own["weight"].ndim == 1
+
+
+def _is_embedding(module: nn.Module, model: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and module is unwrap(model.get_input_embeddings())
+
+
+def _is_block(module: nn.Module, model: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+IS_A: dict[str, Callable[[nn.Module, nn.Module], bool]] = {
+    "norms": _is_norm,
+    "embeddings": _is_embedding,
+    "blocks": _is_block,
+}

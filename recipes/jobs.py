@@ -11,7 +11,7 @@ from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.sources import Source, locate
-from onegpu.adapters.stack import Named
+from onegpu.adapters.specs import Named
 
 from .batches import Plan
 from .dataset import Dataset, Split, encode, split_rows

@@ -14,7 +14,7 @@ from onegpu.adapters import ADAPTERS, TASKS, OnegpuError, PluginError, RecipeErr
 from onegpu.adapters.errors import nearest
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import VARIABLE, find, unqualified
-from onegpu.adapters.stack import Named, check, split
+from onegpu.adapters.specs import Named, check, split
 from onegpu.adapters.validation import Fault, Path as KeyPath, faults
 
 from .packaged import packaged_recipes

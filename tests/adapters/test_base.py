@@ -15,7 +15,7 @@ from onegpu.adapters import DeviceError, PluginError, RecipeError, StackError, T
 from onegpu.adapters.base import footprint, load_options
 from onegpu.adapters.device import Hardware
 from onegpu.adapters.frozen_linear import FrozenLinear
-from onegpu.adapters.stack import build
+from onegpu.adapters.specs import build
 
 Fresh = Callable[..., PreTrainedModel]
 Run = Callable[..., Tensor]

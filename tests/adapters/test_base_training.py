@@ -12,7 +12,7 @@ from onegpu.adapters import Stack, StackError, attach, load, save
 from onegpu.adapters.base import load_options
 from onegpu.adapters.base_training import body
 from onegpu.adapters.device import Precision
-from onegpu.adapters.stack import build
+from onegpu.adapters.specs import build
 
 Fresh = Callable[..., PreTrainedModel]
 Run = Callable[..., Tensor]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from onegpu.adapters import Stack, StackError, attach
 from onegpu.adapters.base import load_options
 from onegpu.adapters.device import Precision
-from onegpu.adapters.stack import build
+from onegpu.adapters.specs import build
 
 Fresh = Callable[..., PreTrainedModel]
 

@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 from onegpu.adapters import StackError, attach, load, load_base, save
 from onegpu.adapters.base import load_options
 from onegpu.adapters.low_rank import LowRankLinear, matrix
-from onegpu.adapters.stack import build
+from onegpu.adapters.specs import build
 from onegpu.adapters.structure import linears, modules
 
 Fresh = Callable[..., PreTrainedModel]

@@ -1,6 +1,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from onegpu.adapters import Attachment, PluginError, RecipeError, Stack, StackError, TargetError, attach, build, get
+from onegpu.adapters import (
+    Attachment,
+    PluginError,
+    RecipeError,
+    Stack,
+    StackError,
+    TargetError,
+    attach,
+    build,
+    get,
+    save,
+)
 from onegpu.adapters.contract import Adapter, Context, Rate
-from onegpu.adapters.frozen_linear import FrozenLinear
+from onegpu.adapters.frozen_linear import FrozenLinear, packed_as
 from onegpu.adapters.lora import LoRA
-from onegpu.adapters.stack import check, packed_as
+from onegpu.adapters.specs import check
 from onegpu.adapters.structure import Layers, modules
 
 Fresh = Callable[..., PreTrainedModel]
@@ -409,3 +421,70 @@ def test_a_stack_is_detached_once(llama: PreTrainedModel) -> None:
     stack.detach()
     with pytest.raises(StackError, match="not attached any more"):
         stack.detach()
+
+
+# --- switching, removing, merging by name
+
+
+def test_instances_are_switched_by_name(llama: PreTrainedModel, ids: torch.Tensor, noise: Noise) -> None:
+    stack = attach(llama, [{"lora": {"name": "a"}}, {"lora": {"name": "b"}}, "prefix"])
+    noise(stack.trainable())
+    whole = llama(ids).logits
+    stack.disable("a", "prefix")
+    only_b = llama(ids).logits
+    stack.disable("b")
+    with stack.base_only():
+        base = llama(ids).logits
+    assert torch.equal(llama(ids).logits, base), "what was off before stays off afterwards"
+    stack.enable("b")
+    assert torch.equal(llama(ids).logits, only_b)
+    with stack.base_only():
+        assert torch.equal(llama(ids).logits, base)
+    assert torch.equal(llama(ids).logits, only_b)
+    stack.enable()
+    assert torch.equal(llama(ids).logits, whole)
+    with pytest.raises(StackError, match="no adapter 'prefx' is attached; did you mean 'prefix'"):
+        stack.disable("prefx")
+
+
+def test_one_instance_is_removed_and_the_rest_is_saved(
+    llama: PreTrainedModel, ids: torch.Tensor, noise: Noise, tmp_path: Path
+) -> None:
+    stack = attach(llama, [{"lora": {"name": "a"}}, {"lora": {"name": "b"}}, "layerwise-lr"])
+    noise(stack.trainable())
+    stack.disable("a")
+    only_b = llama(ids).logits
+    stack.enable("a")
+    stack.remove("a")
+    assert torch.equal(llama(ids).logits, only_b)
+    assert {name.rpartition(".")[2] for name in stack.trainable()} == {"b"}
+    save(stack, tmp_path / "b")
+    with pytest.raises(StackError, match="'b' is the only adapter"):
+        stack.remove("b")
+    attach(llama, [{"lora": {"name": "a"}}])  # the name is free again
+    stack.detach()
+    assert (tmp_path / "b" / "adapter_model.safetensors").is_file()
+
+
+def test_a_stack_is_merged_as_one_and_its_head_stays_trained(
+    bert: PreTrainedModel, ids: torch.Tensor, noise: Noise
+) -> None:
+    stack = attach(bert, ["lora", "bitfit"])
+    noise(stack.trainable())
+    before = bert(ids).logits
+    stack.merge()
+    torch.testing.assert_close(bert(ids).logits, before)
+    assert not any(p.requires_grad for p in bert.parameters())
+    attach(bert, ["lora"])
+
+
+def test_what_cannot_be_merged_leaves_the_stack_attached(
+    llama: PreTrainedModel, ids: torch.Tensor, noise: Noise
+) -> None:
+    stack = attach(llama, ["lora", "prefix"])
+    noise(stack.trainable())
+    before = llama(ids).logits
+    with pytest.raises(StackError, match="prefix cannot be merged into the base"):
+        stack.merge()
+    assert torch.equal(llama(ids).logits, before)
+    assert len(stack.attachments) == 2

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from onegpu.adapters import StackError, attach, load, save
 from onegpu.adapters.base import load_options
 from onegpu.adapters.low_rank import matrix
-from onegpu.adapters.stack import build
+from onegpu.adapters.specs import build
 from onegpu.adapters.structure import modules
 from onegpu.adapters.weight_start import AnchoredLinear
 

@@ -23,15 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import artefact, tiny_models
-from .stack import Spec
+from .. import artefact
+from ..specs import Spec
+from . import tiny_models
 from .tiny_models import Family
 
 __all__ = ["logits_of_loaded", "scratch"]
 
-START = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from onegpu.adapters import fresh_process as f; f.serve()"
-)
+START = f"import sys, json; sys.path[:] = json.loads(sys.argv[1]); import {__name__} as f; f.serve()"
 
 
 @contextmanager

@@ -1,13 +1,7 @@
-"""The conformance suite: proves what an adapter declares, and what every adapter must do. For authors of plugins.
+"""All checks by name, and two ways to run them: as tests of a class that an author derives, or as one report.
 
-    from onegpu.adapters.conformance import Conformance
-
-    class TestGain(Conformance):
-        adapter = "gain"                        # name of the entry point
-        config = {"targets": ["down_proj"]}     # settings that suit models with a hidden size of 256; {} for defaults
-
-`pytest` then runs every check as a test of its own; what the adapter declares that it cannot do is skipped with the
-reason. `prove` runs the same checks without pytest. A method that trains nothing is proved in a stack with `lora`.
+What an adapter declares that it cannot do is skipped with its reason. A method that trains nothing is proved in a stack
+with `lora`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +11,10 @@ from unittest import SkipTest
 
 import torch
 
+from ..contract import Capabilities
+from ..quiet import quietly
 from . import checks_attached, checks_declared, checks_gradients, checks_saved
-from .conformance_case import Case, Declared, case_of
-from .contract import Capabilities
-from .quiet import quietly
+from .case import Case, Declared, case_of
 from .tiny_models import FAMILIES, Family
 
 __all__ = ["CHECKS", "Check", "Conformance", "Outcome", "Report", "prove"]

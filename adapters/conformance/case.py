@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..attaching import attach
+from ..contract import Adapter, Capabilities
+from ..errors import StackError, TargetError
+from ..specs import Spec, get
+from ..stack import Stack
 from . import tiny_models
-from .contract import Adapter, Capabilities
-from .errors import StackError, TargetError
-from .stack import Spec, Stack, attach, get
 from .tiny_models import FAMILIES, ROWS, Family, Precision
 
 __all__ = [

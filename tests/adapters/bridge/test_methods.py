@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onegpu.adapters import ADAPTERS, Stack, StackError, attach, build, entries, get, load, save
-from onegpu.adapters.capability_table import PROOFS
-from onegpu.adapters.peft_bridge import Bridged
-from onegpu.adapters.peft_methods import ROWS
-from onegpu.adapters.peft_prompts import Prompt
+from onegpu.adapters.bridge.injected import Bridged
+from onegpu.adapters.bridge.methods import ROWS
+from onegpu.adapters.bridge.prompts import Prompt
+from onegpu.adapters.conformance.table import PROOFS
+from onegpu.adapters.conformance.tiny_models import FAMILIES, Family, batch, load as load_tiny, logits, losses, place
 from onegpu.adapters.structure import family as family_of
-from onegpu.adapters.tiny_models import FAMILIES, Family, batch, load as load_tiny, logits, losses, place
 
-NAMES = {e.value.partition(":")[2]: e.name for e in entries(ADAPTERS) if "peft_methods" in e.value}
+NAMES = {e.value.partition(":")[2]: e.name for e in entries(ADAPTERS) if "bridge.methods" in e.value}
 TASK_IDS = {PeftType.POLY, PeftType.MULTITASK_PROMPT_TUNING}  # stock PEFT must be told the task of each row
 
 # What cannot be read by stock PEFT, or not from it, and why.

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from onegpu.adapters import ADAPTERS, entries
-from onegpu.adapters.capability_table import COLUMNS, PROOFS, Row, page, proved, row_of
 from onegpu.adapters.conformance import CHECKS
+from onegpu.adapters.conformance.table import COLUMNS, PROOFS, Row, page, proved, row_of
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[3] / "docs" / "adapters.md"
 REGISTERED = [entry.name for entry in entries(ADAPTERS) if entry.distribution == "onegpu"]
 
 

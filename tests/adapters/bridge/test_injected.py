@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onegpu.adapters import RecipeError, StackError, TargetError, attach, build, load, load_base, save
+from onegpu.adapters.conformance.tiny_models import Family, batch, load as load_tiny, logits, losses, place
 from onegpu.adapters.fingerprints import differences, fingerprint
-from onegpu.adapters.tiny_models import Family, batch, load as load_tiny, logits, losses, place
 
 Noise = Callable[[dict[str, nn.Parameter]], None]
 

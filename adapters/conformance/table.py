@@ -1,4 +1,4 @@
-"""What each installed adapter was proved to do: `python -m onegpu.adapters.capability_table docs/adapters.md`.
+"""What each installed adapter was proved to do: `python -m onegpu.adapters.conformance.table docs/adapters.md`.
 
 Every cell comes from the conformance suite. A `no` has the reason that the adapter gives.
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .conformance import Report, prove
-from .files import write_text
-from .registry import ADAPTERS, entries
-from .stack import get
+from ..files import write_text
+from ..registry import ADAPTERS, entries
+from ..specs import get
+from .suite import Report, prove
 from .tiny_models import ROWS
 
 __all__ = ["COLUMNS", "PROOFS", "Proof", "Row", "cells", "page", "proved", "row_of"]
@@ -37,7 +37,7 @@ LINK = re.compile(r"https://(?:arxiv\.org|aclanthology\.org|openreview\.net|doi\
 HEAD = """# Adapters
 
 What each one is, and what the conformance suite proved it to do, on models made for that: a Llama, a BERT with a head
-of three classes, a T5. A test proves every cell again; `python -m onegpu.adapters.capability_table docs/adapters.md`
+of three classes, a T5. A test proves every cell again; `python -m onegpu.adapters.conformance.table docs/adapters.md`
 writes the page.
 
 - **nf4 base**: trains over packed linears, whose bytes stay as they are (int8 too).

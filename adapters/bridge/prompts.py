@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .contract import Attachment, Context
-from .errors import StackError
-from .peft_bridge import Bridged, keeping_what_trains, quiet_peft, seeded
-from .peft_config import differing
-from .structure import Addition, family, modules, unwrap, without_wrappers
+from ..contract import Attachment, Context
+from ..errors import StackError
+from ..structure import Addition, family, modules, unwrap, without_wrappers
+from .config import differing
+from .injected import Bridged
+from .tuner import keeping_what_trains, quiet_peft, seeded
 
 __all__ = ["CachedPrompt", "Prompt", "PromptAttachment"]
 

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import artefact, tiny_models
-from .conformance_case import Case, Declared, Loop, Snapshot, adapters_only, assert_equal, trained
-from .errors import ArtefactError, StackError
+from .. import artefact
+from ..errors import ArtefactError, StackError
+from ..manifest import TENSORS
+from ..stack import Stack
+from . import tiny_models
+from .case import Case, Declared, Loop, Snapshot, adapters_only, assert_equal, trained
 from .fresh_process import logits_of_loaded, scratch
-from .manifest import TENSORS
-from .stack import Stack
 
 __all__ = ["peft_reads", "resuming", "saving", "several_saved", "strictness"]
 

@@ -25,12 +25,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from .base import load_base
-from .contract import LoadOptions
-from .device import DTYPES, Hardware
-from .quiet import quietly
-from .stack import Named, Spec, build, check_family
-from .structure import head_modules, output_embeddings
+from ..base import load_base
+from ..contract import LoadOptions
+from ..device import DTYPES, Hardware
+from ..quiet import quietly
+from ..specs import Named, Spec, build, check_family
+from ..structure import head_modules, output_embeddings
 
 __all__ = ["FAMILIES", "ROWS", "Family", "Precision", "batch", "load", "logits", "losses", "place", "skeleton"]
 

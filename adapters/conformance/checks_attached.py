@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import StackError
+from ..fingerprints import differences, fingerprint
+from ..stack import Stack
 from . import tiny_models
-from .conformance_case import SEED, Case, Declared, Loop, Snapshot, adapters_only, assert_equal, carry, trained
-from .errors import StackError
-from .fingerprints import differences, fingerprint
-from .stack import Stack
+from .case import SEED, Case, Declared, Loop, Snapshot, adapters_only, assert_equal, carry, trained
 
 __all__ = ["detaching", "disabling", "frozen_base", "identity", "merging", "several", "trainable"]
 

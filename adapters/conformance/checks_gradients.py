@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import artefact, tiny_models
-from .conformance_case import (
+from .. import artefact
+from ..frozen_linear import PackedWeight
+from ..structure import modules
+from . import tiny_models
+from .case import (
     Case,
     Declared,
     Loop,
@@ -19,8 +22,6 @@ from .conformance_case import (
     trained,
 )
 from .fresh_process import scratch
-from .frozen_linear import PackedWeight
-from .structure import modules
 from .tiny_models import ROWS, Precision
 
 __all__ = ["accumulation", "checkpointing", "half_bases", "packing", "quantised_bases"]

@@ -12,14 +12,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import registry, tiny_models
-from .conformance_case import SEED, Case, Declared, Loop, Snapshot, adapters_only, assert_equal
-from .contract import Adapter, Context, Cost
-from .errors import StackError, TargetError
-from .frozen_linear import FrozenLinear
-from .registry import ADAPTERS, API
-from .stack import get, packed_as
-from .structure import Layers, modules, unwrap, weight
+from .. import registry
+from ..contract import Adapter, Context, Cost
+from ..errors import StackError, TargetError
+from ..frozen_linear import FrozenLinear, packed_as
+from ..registry import ADAPTERS, API
+from ..specs import get
+from ..structure import Layers, modules, unwrap, weight
+from . import tiny_models
+from .case import SEED, Case, Declared, Loop, Snapshot, adapters_only, assert_equal
 from .tiny_models import Family
 
 __all__ = ["configuration", "costs", "listing", "packs", "rates", "seeds", "trains_on"]

@@ -17,7 +17,7 @@ from onegpu.adapters import registry
 from onegpu.adapters.conformance import CHECKS, Conformance, prove
 
 HERE = Path(__file__).parent
-README = HERE.parent.parent / "README.md"
+README = HERE.parents[2] / "README.md"
 
 
 @dataclass(frozen=True)

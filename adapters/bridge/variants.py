@@ -14,11 +14,12 @@ from peft.utils import PeftType, get_peft_model_state_dict, set_peft_model_state
 from safetensors.torch import load as tensors_from_bytes, save as bytes_of
 from torch import Tensor, nn
 
-from .contract import Attachment, Context
-from .errors import StackError, TargetError
-from .peft_bridge import Bridged, Injected, InjectedAttachment, keeping_what_trains, quiet_peft, seeded
-from .structure import Layers, head_modules, inside, without_wrappers
-from .targets import matches
+from ..contract import Attachment, Context
+from ..errors import StackError, TargetError
+from ..structure import Layers, head_modules, inside, without_wrappers
+from ..targets import matches
+from .injected import Bridged, Injected, InjectedAttachment
+from .tuner import keeping_what_trains, quiet_peft, seeded
 
 __all__ = ["AdaLoRA", "AdaptionPrompt", "FeatureScales", "Norms", "PeftLoRA", "Poly", "Shadow", "Unbridged"]
 

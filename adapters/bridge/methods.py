@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 from peft.utils import PeftType
 from pydantic import Field, create_model
 
-from .contract import Adapter, Capabilities
-from .peft_bridge import Bridged, Injected, Method
-from .peft_config import OWNED, fields_of
-from .peft_prompts import CachedPrompt, ContextPrompt, Prompt
-from .peft_variants import AdaLoRA, AdaptionPrompt, FeatureScales, Norms, PeftLoRA, Poly, Shadow, Unbridged
+from ..contract import Adapter, Capabilities
+from .config import OWNED, fields_of
+from .injected import Bridged, Injected, Method
+from .prompts import CachedPrompt, ContextPrompt, Prompt
+from .variants import AdaLoRA, AdaptionPrompt, FeatureScales, Norms, PeftLoRA, Poly, Shadow, Unbridged
 
 __all__ = ["PeftType"]
 

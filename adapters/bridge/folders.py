@@ -3,7 +3,6 @@
 Such a folder has no manifest, so nothing says which base it belongs to; keys and shapes are all that can be compared.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,15 +14,15 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from .contract import Adapter
-from .errors import ArtefactError
-from .manifest import CONFIG, TENSORS, read_json, read_tensors
-from .peft_config import differing
-from .stack import get
-from .structure import head_modules, modules
-from .targets import ALL_LINEAR, resolve
+from ..contract import Adapter
+from ..errors import ArtefactError
+from ..manifest import CONFIG, TENSORS, read_json, read_tensors
+from ..specs import get
+from ..structure import head_modules, modules
+from ..targets import ALL_LINEAR, resolve
+from .config import differing
 
-__all__ = ["PeftFolder", "is_peft_folder", "read_peft_folder"]
+__all__ = ["PeftFolder", "read_peft_folder"]
 
 # Which of our adapters may be what a type of PEFT's is, where it is not the one of that name.
 OURS: dict[str, tuple[str, ...]] = {
@@ -51,15 +50,6 @@ class PeftFolder:
     folder: Path
     adapters: list[Adapter]  # that can do what it says; the first whose tensors it holds is the one
     tensors: dict[str, Tensor]
-
-
-def is_peft_folder(folder: Path) -> bool:
-    """Whether PEFT wrote it: tensors that may be read, and a configuration with a type of PEFT's."""
-    try:
-        kind = json.loads((folder / CONFIG).read_text("utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return isinstance(kind, str) and (folder / TENSORS).is_file()
 
 
 def read_peft_folder(folder: Path, model: nn.Module) -> PeftFolder:
