@@ -135,8 +135,10 @@ def _show_beside(stack: Stack) -> None:
     """Put tensors that an adapter keeps beside the model into it.
 
     A Trainer finds what it optimises, clips and zeroes in `model.parameters()`; others would never be trained, or
-    their gradients would add up from step to step.
+    their gradients would add up from step to step. Other models than transformers' may run whatever is put into them.
     """
+    if not isinstance(stack.root, PreTrainedModel):
+        return
     for attachment in stack.attachments:
         inside = {id(p) for p in stack.root.parameters()}
         beside = [p for p in attachment.trainable().values() if id(p) not in inside]
