@@ -44,7 +44,10 @@ class Prefix(Adapter):
 
     api = 1
     capabilities: ClassVar[Capabilities] = Capabilities(
-        identity_at_start=False, peft_readable=True, encoder_decoder=False
+        identity_at_start=False,
+        peft_readable=True,
+        encoder_decoder=False,
+        reasons={"encoder_decoder": "it knows self-attention only", "mergeable": "it adds to keys, not to weights"},
     )
 
     length: int = Field(default=16, ge=1)

@@ -99,11 +99,16 @@ class PeftLoRA(Injected):
     """Token ids from whose last occurrence on the adapter acts (aLoRA)."""
 
     def values(self) -> dict[str, Any]:
+        """Where it started does not matter to who reads the file, and would be computed again there."""
         values = super().values()
+        return values | {"init_lora_weights": True, "eva_config": None} if self.init_lora_weights == "eva" else values
+
+    def peft_config(self, **model_facts: Any) -> Any:
         if self.init_lora_weights == "eva":
             # One rank for all: with ranks by layer, what is saved would not fit what the configuration says.
-            values["eva_config"] = EvaConfig(**{**(values["eva_config"] or {}), "rho": 1.0})
-        return values
+            given = super().values()["eva_config"] or {}
+            model_facts |= {"init_lora_weights": "eva", "eva_config": EvaConfig(**{**given, "rho": 1.0})}
+        return super().peft_config(**model_facts)
 
     def start(self, peft: PeftModel, key: str, context: Context) -> None:
         if self.init_lora_weights != "eva" or not context.fresh:

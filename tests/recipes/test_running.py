@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from onegpu.adapters import ArtefactError, InvalidInput, OnegpuError, RecipeError, TargetError
-from onegpu.recipes import Loaded, Outcome, preflight
+from onegpu.adapters import (
+    ArtefactError,
+    InvalidInput,
+    OnegpuError,
+    RecipeError,
+    StackError,
+    TargetError,
+    load,
+    load_base,
+)
+from onegpu.recipes import Loaded, Outcome, preflight, run as run_loudly
 
 LORA = {"lora": {"rank": 4}}
 Recipe = Callable[..., Loaded]
@@ -260,3 +269,73 @@ def test_targets_are_checked_before_weights_are_read(
     folder = base_without("model.safetensors")
     with pytest.raises(TargetError):
         run(chat_recipe([{"lora": {"targets": "nope"}}], base=folder))
+
+
+# --- stacks of many, and methods of PEFT ------------------------------------------------------------------------------
+
+
+def test_five_adapters_are_one_artefact(chat_recipe: Recipe, run: Run, chat_base: Path) -> None:
+    stack = ["nf4", LORA, {"prefix": {"length": 3}}, {"layerwise-lr": {"decay": 0.8}}, {"lora-plus": {"ratio": 4}}]
+    outcome = run(chat_recipe(stack, task={"evaluation": 0.2}, train={"steps": 4}))
+    assert outcome.round_trip_error == 0
+    assert sorted(path.name for path in outcome.adapter.iterdir() if path.is_dir()) == ["lora", "prefix"]
+    manifest = json.loads((outcome.adapter / "manifest.json").read_text("utf-8"))
+    assert [record["adapter"] for record in manifest["adapters"]] == [
+        "nf4",
+        "lora",
+        "prefix",
+        "layerwise-lr",
+        "lora-plus",
+    ]
+    rates = sorted({group["learning_rate"] for group in manifest["run"]["groups"]})
+    assert rates == pytest.approx(sorted(0.01 * 0.8**depth * b for depth in (1, 2) for b in (1, 4)))
+    loaded = load(load_base(str(chat_base), ["nf4"], precision="fp32"), outcome.adapter)
+    assert [a.name for a in loaded.attachments] == ["lora", "prefix"]
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        [{"vera": {"r": 8}}],
+        ["nf4", {"ia3": {"targets": ["k_proj", "down_proj"]}}, LORA],
+        [{"prompt-tuning": {"num_virtual_tokens": 3}}],
+        [{"adalora": {"total_step": 6, "init_r": 4, "target_r": 2}}],
+        [{"peft-lora": {"init_lora_weights": "eva", "r": 2}}],
+        [{"peft-lora": {"alora_invocation_tokens": [0]}}],
+        [{"prefix-tuning": {"num_virtual_tokens": 3}}],
+        ["bitfit"],
+    ],
+    ids=str,
+)
+def test_methods_of_peft_and_others_run_from_a_recipe(
+    stack: list[Any], chat_recipe: Recipe, class_recipe: Recipe, run: Run, folder_bytes: Bytes
+) -> None:
+    recipe = class_recipe if stack == ["bitfit"] else chat_recipe
+    first, second = (
+        run(recipe(stack, task={"evaluation": 0.2}, train={"steps": 6}), name) for name in ("first", "second")
+    )
+    assert first.round_trip_error == 0
+    assert first.after["loss"] != first.before["loss"]
+    assert folder_bytes(first.adapter) == folder_bytes(second.adapter)
+
+
+def test_checkpointing_is_refused_at_its_line_where_an_adapter_cannot(chat_recipe: Recipe, run: Run) -> None:
+    recipe = chat_recipe(["prefix-tuning"], train={"gradient_checkpointing": True})
+    with pytest.raises(
+        StackError, match=r"recipe.yaml:\d+: prefix-tuning cannot work under gradient checkpointing: keys and"
+    ):
+        run(recipe)
+
+
+def test_half_precision_is_refused_where_an_adapter_cannot(chat_recipe: Recipe, run: Run) -> None:
+    with pytest.raises(StackError, match=r"adaption-prompt cannot work on a base in bfloat16: .*; load it in float32"):
+        run(chat_recipe([{"adaption-prompt": {"adapter_layers": 1}}], train={"precision": "bf16"}))
+
+
+def test_it_says_so_where_the_result_depends_on_the_split(
+    chat_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_loudly(chat_recipe(["lily"]), tmp_path / "out")
+    assert "with lily the result depends on train.micro_batch: its router averages over the batch" in " ".join(
+        capsys.readouterr().out.split()
+    )
