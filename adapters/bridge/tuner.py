@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -78,35 +78,28 @@ def inject(
     Raises:
         StackError: PEFT refuses, or another method of its sits on one of the modules; the model is as it was.
     """
-    place = (id(model), method)
-    shared = _SHARED.get(place)
+    shared = _SHARED.get((id(model), method))
     _refuse_shared_modules(model, paths, shared, name)
-    key = _free_key(shared)
-    before = {id(p) for p in model.parameters()} | ({id(p) for p in shared.peft.parameters()} if shared else set())
-    modules_before = {id(m) for m in (shared.peft if shared else model).modules()}
+    key, before = _free_key(model), _Before.of(shared.peft if shared else model)
     try:
-        if shared is None:
-            shared = Shared(PeftModel(model, config, key), method)
-            _SHARED[place] = shared
-        else:
-            shared.peft.add_adapter(key, config)
+        shared = _put_in(model, config, shared, method, key)
         start(shared.peft, key)
+        for module in shared.peft.modules():
+            if id(module) not in before.modules:
+                module.training = model.training  # new modules start in training mode, whatever the model is in
+        layers = [model.get_submodule(path) for path in paths]
+        for tuner_layer in tuned(layers):
+            tuner_layer.set_adapter([key])  # frees what this instance trains
+        trained = _trained(shared, key, name, before, frozen)
     except (ValueError, TypeError, KeyError, ImportError, AssertionError, AttributeError) as cause:
-        fresh = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and id(m) not in modules_before]
-        swap(model, {layer: _around(layer) for layer in fresh})
+        _undo(model, shared, key, before)
         raise StackError(f"{name} cannot be attached: {cause}") from cause
     finally:
         vars(model).pop("peft_config", None)  # PEFT leaves a note there, and takes it for its own the next time
         _drop_input_hook(model)
-    layers = [model.get_submodule(path) for path in paths]
-    for module in shared.peft.modules():
-        if id(module) not in modules_before:
-            module.training = model.training  # new modules start in training mode, whatever the model is in
+    _SHARED[id(model), method] = shared
     for layer in layers:
         shared.users.setdefault(layer, []).append(key)
-    for tuner_layer in tuned(layers):
-        tuner_layer.set_adapter([key])  # frees what this instance trains
-    trained = _trained(shared, key, name, before, frozen)
     shared.on[key] = True
     activate(shared)
     for parameter in trained.values():
@@ -114,13 +107,43 @@ def inject(
     return Instance(shared, key, layers, trained)
 
 
-def _trained(shared: Shared, key: str, name: str, before: set[int], frozen: frozenset[str]) -> dict[str, nn.Parameter]:
+class _Before(NamedTuple):
+    """What there was before an instance was put in, by identity."""
+
+    modules: frozenset[int]
+    parameters: frozenset[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Before":
+        return cls(frozenset(map(id, model.modules())), frozenset(map(id, model.parameters())))
+
+
+def _put_in(model: nn.Module, config: PeftConfig, shared: Shared | None, method: PeftType, key: str) -> Shared:
+    if shared is None:
+        return Shared(PeftModel(model, config, key), method)
+    shared.peft.add_adapter(key, config)
+    return shared
+
+
+def _undo(model: nn.Module, shared: Shared | None, key: str, before: _Before) -> None:
+    """Take out what PEFT had put in before it failed."""
+    fresh = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and id(m) not in before.modules]
+    swap(model, {layer: _around(layer) for layer in fresh})
+    if shared is not None and shared.on:
+        shared.peft.peft_config.pop(key, None)
+        with quiet_peft():
+            for layer in tuned(shared.users):
+                layer.delete_adapter(key)
+        activate(shared)
+
+
+def _trained(shared: Shared, key: str, name: str, before: _Before, frozen: frozenset[str]) -> dict[str, nn.Parameter]:
     """The new parameters that PEFT trains, in float32, named after their places in the base."""
     found = {}
     for path, parameter in shared.peft.named_parameters():
         if frozen & set(path.split(".")):
             parameter.requires_grad_(False)
-        elif id(parameter) not in before and parameter.requires_grad:
+        elif id(parameter) not in before.parameters and parameter.requires_grad:
             parameter.data = parameter.data.float()
             found[_readable(path, key, name)] = parameter
     if not found:
@@ -133,8 +156,9 @@ def _readable(path: str, key: str, name: str) -> str:
     return ".".join(name if part == key else part for part in inner.split("."))
 
 
-def _free_key(shared: Shared | None) -> str:
-    taken = shared.on if shared else {}
+def _free_key(model: nn.Module) -> str:
+    """A name that no instance of any method has on this model: AdaLoRA looks for its tensors by such names."""
+    taken = {key for (place, _), shared in _SHARED.items() if place == id(model) for key in shared.on}
     return next(key for key in (f"onegpu{i}" for i in range(len(taken) + 1)) if key not in taken)
 
 

@@ -138,6 +138,21 @@ def test_what_peft_refuses_leaves_the_model_as_it_was(model: PreTrainedModel) ->
     attach(model, [{"c3a": {"block_size": 64}}])
 
 
+def test_a_second_instance_that_peft_refuses_leaves_the_first_as_it_was(model: PreTrainedModel, noise: Noise) -> None:
+    first = attach(model, [{"peft-lora": {"name": "first"}}])
+    noise(first.trainable())
+    before = out(model)
+    with pytest.raises(StackError, match=r"second cannot be attached: .*needs `samples`"):
+        attach(model, [{"peft-lora": {"name": "second", "init_lora_weights": "eva"}}])
+    assert torch.equal(out(model), before)
+    assert all(p.requires_grad for p in first.trainable().values())
+    second = attach(model, [{"peft-lora": {"name": "second"}}])
+    assert torch.equal(out(model), before)
+    second.detach()
+    first.detach()
+    assert not [m for m in model.modules() if "peft" in type(m).__module__]
+
+
 def test_what_peft_refuses_is_refused_before_weights_are_read() -> None:
     with pytest.raises(StackError, match="block size should be a factor"):
         load_base(place("llama"), ["c3a"])
