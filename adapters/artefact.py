@@ -293,7 +293,7 @@ def _load_from_peft(model: nn.Module, folder: Path) -> Stack:
     for adapter in theirs.adapters:
         stack = attach(model, [adapter], fresh=False)
         expected = _tensor_files(stack)
-        if not (faults := _tensor_faults(expected["."][0], theirs.tensors)):
+        if not (faults := _tensor_faults(expected.get(".", ({}, None))[0], theirs.tensors)):
             _take(stack, expected, {".": theirs.tensors})
             return stack
         stack.detach()

@@ -115,7 +115,7 @@ def is_peft_folder(folder: Path) -> bool:
     """Whether PEFT wrote it: tensors that may be read, and a configuration with a type of PEFT's."""
     try:
         kind = json.loads((folder / CONFIG).read_text("utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
     return isinstance(kind, str) and (folder / TENSORS).is_file()
 
@@ -147,6 +147,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path} is missing") from None
     except ValueError as error:
         raise ArtefactError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise ArtefactError(f"{path} is nested too deeply") from None
     if not isinstance(content, dict):
         raise ArtefactError(f"{path} must hold one JSON object")
     return content

@@ -3,7 +3,8 @@
 Such a folder has no manifest, so nothing says which base it belongs to; keys and shapes are all that can be compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..contract import Adapter
-from ..errors import ArtefactError
+from ..errors import ArtefactError, OnegpuError
 from ..manifest import CONFIG, TENSORS, read_json, read_tensors
 from ..specs import get
 from ..structure import head_modules, modules
@@ -59,6 +61,26 @@ def read_peft_folder(folder: Path, model: nn.Module) -> PeftFolder:
         ArtefactError: it is damaged, of an unknown type, or says something that no adapter here can do.
         PluginError: the adapter that could is not installed.
     """
+    with _untrusted(folder):
+        return _read(folder, model)
+
+
+@contextmanager
+def _untrusted(folder: Path) -> Iterator[None]:
+    """A stranger's settings may be of any type, and PEFT's own code trips over most: that is a fault of the folder."""
+    try:
+        yield
+    except OnegpuError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its settings"
+        raise ArtefactError(f"{folder}: {CONFIG} is wrong at {place}: {first['msg']}") from error
+    except Exception as cause:
+        raise ArtefactError(f"{folder}: {CONFIG} cannot be used: {type(cause).__name__}: {cause}") from cause
+
+
+def _read(folder: Path, model: nn.Module) -> PeftFolder:
     config = read_json(folder / CONFIG)
     kind = config["peft_type"]
     if kind not in PeftType.__members__:

@@ -166,7 +166,7 @@ class FeatureScales(Injected):
             return facts
         named = [self.feedforward_modules] if isinstance(self.feedforward_modules, str) else self.feedforward_modules
         inputs = [path for path in chosen if any(matches(path, entry) for entry in named)]
-        if not inputs:
+        if named and not inputs:  # an empty list means none
             raise TargetError(f"feedforward_modules {self.feedforward_modules!r} matches none of the targets")
         # PEFT wants one list inside the other: both in full.
         return facts | {"target_modules": list(chosen), "feedforward_modules": inputs}
