@@ -31,6 +31,7 @@ from .frozen_linear import packed_as
 from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, is_peft_folder, read
 from .registry import ADAPTERS
 from .stack import Stack
+from .structure import head_modules
 
 __all__ = ["MANIFEST", "confirm", "fill", "load", "read", "save", "specs"]
 
@@ -234,7 +235,8 @@ def _config(stack: Stack, attachment: Attachment | None, source: str | None) -> 
     if task_type:
         config["task_type"] = task_type
     if stack.heads:
-        config["modules_to_save"] = sorted({name.split(".")[0] for name in stack.heads})
+        owned = [head for head in head_modules(stack.root) if any(name.startswith(f"{head}.") for name in stack.heads)]
+        config["modules_to_save"] = sorted(owned)
     return config
 
 

@@ -1,6 +1,7 @@
 """Attaches a stack to a model: the base frozen, its heads freed, each adapter in order; all of it or nothing."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .frozen_linear import packed_as
 from .isolation import answerable
 from .specs import Named, Spec, build, check, check_family, refuse_half, refuse_several
 from .stack import Stack, present, remember
-from .structure import Addition, Layers, head_modules
+from .structure import Addition, Layers, head_modules, new_modules
 
 __all__ = ["attach"]
 
@@ -113,22 +114,33 @@ def _free_heads_only(stack: Stack) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             stack.heads[tensor_name] = parameter
-        handle = head.register_forward_pre_hook(_floats_as_float32, with_kwargs=True)
-        stack._undo.append(lambda handle=handle, dtypes=dtypes: _restore_head(handle, dtypes))
+        handles = [head.register_forward_pre_hook(_floats_as_float32, with_kwargs=True)]
+        if name in new_modules(model):  # the base goes on from it, in its own dtype
+            ((dtype, _), *_) = dtypes.values()
+            handles.append(head.register_forward_hook(partial(_floats_as, dtype)))
+        stack._undo.append(lambda handles=handles, dtypes=dtypes: _restore_head(handles, dtypes))
 
 
-def _restore_head(handle: Any, dtypes: dict[nn.Parameter, tuple[torch.dtype, Tensor]]) -> None:
-    handle.remove()
+def _restore_head(handles: Sequence[Any], dtypes: dict[nn.Parameter, tuple[torch.dtype, Tensor]]) -> None:
+    for handle in handles:
+        handle.remove()
     for parameter, (_, original) in dtypes.items():
         parameter.data = original
         parameter.requires_grad_(False)
 
 
 def _floats_as_float32(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    def cast(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return _cast(args, torch.float32), {key: _cast(value, torch.float32) for key, value in kwargs.items()}
 
-    return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}
+
+def _floats_as(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return _cast(output, dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if type(value) is tuple:
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _show_beside(stack: Stack) -> None:

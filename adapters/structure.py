@@ -10,10 +10,11 @@ from functools import singledispatch
 from typing import Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
+    "NEW_MODULES",
     "Addition",
     "Layers",
     "Wrapper",
@@ -23,12 +24,15 @@ __all__ = [
     "linear_shape",
     "linears",
     "modules",
+    "new_modules",
     "output_embeddings",
     "swap",
     "unwrap",
     "weight",
     "without_wrappers",
 ]
+
+NEW_MODULES = "onegpu_new_modules"  # key of a model's configuration
 
 
 class Wrapper(nn.Module):
@@ -70,12 +74,14 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below `model` with its logical path, outermost wrapper first seen."""
+    """Every module below `model` with its logical path, outermost wrapper first seen; idle ones are left out."""
+    idle = "encoder.pooler" if isinstance(unwrap(model), EncoderDecoderModel) else None  # nothing reads what it gives
     for name, child in unwrap(model).named_children():
         if not isinstance(child, Addition):
             path = f"{prefix}{name}"
             yield path, child
-            yield from modules(child, f"{path}.")
+            below = modules(child, f"{path}.")
+            yield from (found for found in below if idle is None or not found[0].startswith(idle))
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -144,8 +150,11 @@ def family(model: nn.Module) -> tuple[Literal["encoders", "decoders", "encoder_d
 def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the task heads: what a model has beside its backbone and its output embeddings.
 
-    A BERT classifier has ("classifier",), a Llama one ("score",), a causal language model none.
+    A BERT classifier has ("classifier",), a Llama one ("score",), a causal language model none. A model that was
+    composed of two has what was new in it.
     """
+    if new := new_modules(model):
+        return new
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return ()
     output = output_embeddings(model) or ""
@@ -157,6 +166,14 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
         and not output.startswith(name)
         and next(unwrap(child).parameters(), None) is not None
     )
+
+
+def new_modules(model: nn.Module) -> tuple[str, ...]:
+    """Paths of modules inside the base that no checkpoint ever trained, such as the cross-attention of a composed one.
+
+    The base's configuration lists them. They are trained and saved as heads are; what they give goes on into the base.
+    """
+    return tuple(getattr(getattr(model, "config", None), NEW_MODULES, ()))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Talk to a fine-tuned model: base and adapter as the manifest names them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from onegpu.adapters import ArtefactError, artefact, load, load_base
-from onegpu.adapters.device import Precision
 from onegpu.adapters.sources import locate
 
 from .runfolder import RunFolder
@@ -14,8 +14,6 @@ from .tasks import Reader
 from .tasks.chat import answer
 
 __all__ = ["open_chat"]
-
-PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
@@ -27,11 +25,12 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
     """
     run = RunFolder(folder)
     manifest = artefact.read(run.adapter if run.adapter.is_dir() else folder).manifest
-    if "chat" not in manifest.run.get("task", {}) or manifest.base.source is None:
+    trained = manifest.run.get("task", {})
+    if "chat" not in {**trained, **_taught(trained)} or manifest.base.source is None:
         raise ArtefactError(f"{folder} was not trained by the task `chat`")
     source = locate(manifest.base.source, revision=manifest.base.revision)
     stack = artefact.specs(manifest)
-    model = load_base(source, stack, precision=PRECISIONS[manifest.base.dtype.partition("/")[0]])
+    model = load_base(source, stack, precision=manifest.base.precision)
     load(model, run.adapter if run.adapter.is_dir() else folder)
     tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision)
     reader = Reader(tokenizer, limit=tokenizer.model_max_length, stops=frozenset(manifest.run["stop_tokens"]))
@@ -44,3 +43,9 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
         return reply
 
     return talk
+
+
+def _taught(trained: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The task inside a distillation; nothing of others."""
+    inside: Mapping[str, Any] = trained.get("distillation", {}).get("task", {})
+    return inside

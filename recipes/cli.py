@@ -20,6 +20,7 @@ from onegpu.adapters.registry import ADAPTERS, OURS, TASKS, VARIABLE, Entry, ent
 
 __all__ = ["app", "main"]
 
+LABELS = 12  # width of the labels in front of facts
 WIDTH = 80  # of what is printed for people, in characters
 RECIPE = click.argument("recipe", metavar="RECIPE")
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
@@ -66,6 +67,51 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     loaded = load_recipe(recipe, overrides)
     print(json.dumps(loaded.resolved(), indent=2) if as_json else loaded.as_yaml().rstrip())
+
+
+@app.command()
+@RECIPE
+@SET
+@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="How many examples to show.")
+@JSON
+def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+    """Show what the rows of a recipe become.
+
+    Lengths, classes, duplicates, what cannot be used and why; and examples, with what is learned in [[brackets]].
+    """
+    from .jobs import preflight
+    from .loading import load_recipe
+    from .showing import data_report, report_lines
+
+    report = data_report(preflight(load_recipe(recipe, overrides)), rows)
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    for label, text in report_lines(report):
+        _print_wrapped(text, first=f"{label:<{LABELS}}", hanging=" " * LABELS)
+
+
+@app.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--data", metavar="DATA", help="Rows to score on, as under `data:`; those that were held out if left out."
+)
+@JSON
+def evaluate(folder: Path, data: str | None, as_json: bool) -> None:
+    """Score a saved adapter, beside its base.
+
+    DIR is the folder of a run, or an adapter folder.
+    """
+    from .evaluating import evaluate_folder
+
+    found = evaluate_folder(folder, data=data)
+    if as_json:
+        print(json.dumps(found._asdict(), indent=2))
+        return
+    print(f"{found.rows:,} {found.what}")
+    for name in found.shown:
+        base = f"{found.base[name]:>10.4f} without" if name in found.base else ""
+        print(f"  {name:<20}{found.adapter[name]:>10.4f}{base}")
 
 
 @app.command()

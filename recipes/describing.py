@@ -28,8 +28,7 @@ def describe_task(name: str) -> dict[str, Any]:
     """One task: its documentation, needs and settings."""
     entry, task = find(TASKS, name), get_task(name)
     with answerable(name, entry, "describing itself"):
-        facts = {"model": task.kind, "columns": ", ".join(task.needs), "own head": task.has_head}
-        return _described(entry, task, facts)
+        return _described(entry, task, task.facts())
 
 
 def breakage(group: str, entry: Entry) -> str | None:

@@ -1,6 +1,8 @@
 """A job: everything that a run needs, found and checked before any weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -13,10 +15,12 @@ from onegpu.adapters.isolation import answerable
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 
-from .batches import Plan
-from .dataset import Dataset, Split, encode, split_rows
+from .data.batches import Plan
+from .data.dataset import Dataset, Gathered, Trained, encode, gather
 from .loading import Loaded
+from .selection import choose
 from .tasks import Labels, Reader
+from .teachers import Teacher, find_teacher
 
 __all__ = ["Job", "make_reader", "preflight"]
 
@@ -30,16 +34,23 @@ class Job:
     place: str  # what transformers loads from
     hardware: Hardware
     options: LoadOptions
-    split: Split
+    gathered: Gathered
     reader: Reader
     dataset: Dataset
+    teacher: Teacher | None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which examples each step sees."""
+        settings, rows = self.loaded.recipe.train, self.gathered.rows
+        sources = rows.sources[self.dataset.train.column("row")]
+        return Plan(sources, rows.weights, settings.effective_batch, settings.seed)
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         settings = self.loaded.recipe.train
-        plan = Plan(len(self.dataset.train), settings.effective_batch, settings.seed)
-        return settings.steps or (settings.epochs or 1) * plan.windows_per_epoch
+        return settings.steps or (settings.epochs or 1) * self.plan.windows_per_epoch
 
     @property
     def pad(self) -> int:
@@ -53,7 +64,7 @@ class Job:
         model = load_base(
             self.source,
             self.loaded.stack,
-            kind=self.loaded.task.kind,
+            kind=self.loaded.task.model_kind(),
             labels=self.reader.labels,
             precision=recipe.train.precision,
             seed=recipe.train.seed,
@@ -64,8 +75,11 @@ class Job:
         return model
 
 
-def preflight(loaded: Loaded) -> Job:
+def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     """Find and check everything that a run needs before any weight is read.
+
+    Args:
+        trained: the classes of a head that was trained before; found in the training rows when left out.
 
     Raises:
         RecipeError, DataError: something in the recipe or its data is wrong.
@@ -83,10 +97,12 @@ def preflight(loaded: Loaded) -> Job:
     if recipe.adapter is not None:
         with loaded.place("adapter"):
             artefact.read(recipe.adapter)
-    split = split_rows(loaded)
+    _check_selection(loaded)
+    _check_batch(loaded)
+    gathered = gather(loaded, trained)
     with loaded.place("base"):
         place = source.materialise()
-    kind, precision = loaded.task.kind, recipe.train.precision
+    kind, precision = loaded.task.model_kind(), recipe.train.precision
     try:
         options = load_options(
             place, loaded.stack, kind=kind, precision=precision, hardware=hardware, revision=source.revision
@@ -95,10 +111,22 @@ def preflight(loaded: Loaded) -> Job:
         with loaded.place("base" if isinstance(error, RecipeError) else "adapters"):
             raise
     _refuse_checkpointing(loaded)
-    reader = make_reader(place, loaded, split.labels)
+    reader = make_reader(place, loaded, gathered.labels, gathered.class_weights)
+    teacher = find_teacher(loaded, reader, hardware)
     with loaded.place(*task):
-        dataset = encode(loaded.task, split, reader)
-    return Job(loaded, source, place, hardware, options, split, reader, dataset)
+        dataset = encode(loaded, gathered, reader)
+    if teacher is not None:
+        with loaded.place(*task, "max_length"):
+            teacher.refuse_longer(min(dataset.longest, reader.limit))
+    return Job(loaded, source, place, hardware, options, gathered, reader, dataset, teacher)
+
+
+def _check_selection(loaded: Loaded) -> None:
+    best, task = loaded.recipe.train.best, loaded.task
+    with loaded.place("train", "best"):
+        choose(best, task.measures())
+        if best is not None and task.evaluation == "none":
+            raise RecipeError("best: nothing is held out to choose by, as `evaluation` is `none`")
 
 
 def _refuse_checkpointing(loaded: Loaded) -> None:
@@ -109,7 +137,14 @@ def _refuse_checkpointing(loaded: Loaded) -> None:
                 raise StackError(f"{named.name} cannot work under gradient checkpointing{why}")
 
 
-def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
+def _check_batch(loaded: Loaded) -> None:
+    given, least = loaded.recipe.train.effective_batch, loaded.task.smallest_batch()
+    if given < least:
+        with loaded.place("train", "effective_batch"):
+            raise RecipeError(f"effective_batch is {given}, and {loaded.task_name} needs at least {least} a step")
+
+
+def make_reader(place: str, loaded: Loaded, labels: Labels, class_weights: Sequence[float] | None = None) -> Reader:
     """The tokenizer of a base, its stop tokens, and the longest example that recipe and model allow."""
     revision, task = loaded.recipe.revision, loaded.task
     with loaded.place("base"):
@@ -122,7 +157,10 @@ def make_reader(place: str, loaded: Loaded, labels: Labels) -> Reader:
         if task.max_length is not None and task.max_length > most:
             raise RecipeError(f"max_length is {task.max_length}, and the model has room for {most} tokens")
     limit = task.max_length or min(most, tokenizer.model_max_length)
-    return Reader(tokenizer, limit, frozenset(_stops(place, revision, tokenizer)), labels)
+    reader = Reader(tokenizer, limit, frozenset(_stops(place, revision, tokenizer)), labels, class_weights)
+    with loaded.place("base"):
+        task.check(reader)
+    return reader
 
 
 def _positions(named: Named) -> int:
@@ -137,8 +175,8 @@ def _tokenizer(place: str, loaded: Loaded) -> Any:
     except (OSError, ValueError) as cause:
         reason = str(cause).strip().splitlines()[0]
         raise RecipeError(f"base {base!r} has no tokenizer that can be read: {reason}") from cause
-    if loaded.task.kind == "causal-lm" and tokenizer.chat_template is None:
-        raise RecipeError(f"base {base!r} has no chat template, so conversations cannot be rendered for it")
+    if len(tokenizer) == 0:  # what transformers makes up where there are no tokenizer files
+        raise RecipeError(f"base {base!r} has no tokenizer files")
     return tokenizer
 
 

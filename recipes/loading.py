@@ -99,23 +99,26 @@ def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str]
     assert recipe is not None
     assert task is not None
     try:
-        check(stack, has_head=task.has_head)
+        check(stack, has_head=task.traits().has_head)
     except StackError as error:
         raise StackError(document.explain(Fault(("adapters",), str(error)))) from None
     short = Path(name).stem if Path(name).suffix else name
     recipe = _with_whole_paths(recipe, ("base", "adapter"), folder)
-    task = _with_whole_paths(task, ("data", "evaluation"), folder)
+    task = _with_whole_paths(task, task.traits().paths, folder)
     return Loaded(short, recipe, stack, task_name, task, folder, document.places)
 
 
 def _with_whole_paths(model: Model, keys: Sequence[str], folder: Path) -> Model:
     """Make relative paths independent of where the recipe lies, so that its resolved form can lie elsewhere."""
-    update = {}
-    for key in keys:
-        value = getattr(model, key)
-        if isinstance(value, str) and (folder / value).exists():
-            update[key] = str((folder / value).resolve())
-    return model.model_copy(update=update)
+    return model.model_copy(update={key: _whole(getattr(model, key), folder) for key in keys})
+
+
+def _whole(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [source.model_copy(update={"source": _whole(source.source, folder)}) for source in value]
+    if isinstance(value, str) and (folder / value).exists():
+        return str((folder / value).resolve())
+    return value
 
 
 # --- YAML with places -------------------------------------------------------------------------------------------------

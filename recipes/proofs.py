@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from onegpu.adapters import ProofFailed, Stack
 from onegpu.adapters.fingerprints import Fingerprint, differences
 
+from .evaluation import evaluating
 from .tasks import Batch, Task
 
 __all__ = ["Probe", "StepProof", "explain_non_finite", "frozen_base", "round_trip"]
 
 JUDGED_STEPS = 3
-PROBE_TOKENS = 16
+LOGITS = ("logits", "start_logits", "end_logits")  # what the outputs of models are called
 TOLERANCE = 1e-4  # of the largest logit; same machine and versions give 0
 
 
@@ -99,27 +100,25 @@ def frozen_base(stack: Stack, before: Fingerprint) -> None:
 class Probe:
     """A short input and the logits that the trained model gives for it."""
 
-    ids: list[int]
-    logits: Tensor  # float32, on the CPU
+    inputs: dict[str, list[int]]
+    logits: Tensor  # (..., outputs), float32, on the CPU
 
     @classmethod
-    def of(cls, model: nn.Module, ids: Sequence[int]) -> "Probe":
-        """Run the model, in evaluation mode, on the first tokens of an example."""
-        kept = list(ids[:PROBE_TOKENS])
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        with torch.no_grad():
-            device = next(model.parameters()).device
-            logits = model(input_ids=torch.tensor([kept], device=device)).logits.float().cpu()
-        for module in training:
-            module.training = True
-        return cls(kept, logits)
+    def of(cls, model: nn.Module, inputs: Mapping[str, Sequence[int]]) -> "Probe":
+        """Run the model, in evaluation mode, on one short input (`Task.probe`)."""
+        kept = {name: list(ids) for name, ids in inputs.items()}
+        device = next(model.parameters()).device
+        with evaluating(model):
+            output = model(**{name: torch.tensor([ids], device=device) for name, ids in kept.items()})
+        found = [output[name].float().cpu() for name in LOGITS if name in output]
+        return cls(kept, torch.cat(found))
 
     def summary(self, error: float) -> dict[str, Any]:
         """For the manifest: enough to check a copy elsewhere."""
         last = self.logits.reshape(-1, self.logits.shape[-1])[-1]
         top = last.topk(min(8, len(last)))
-        return {"ids": self.ids, "top": top.indices.tolist(), "logits": top.values.tolist(), "round_trip_error": error}
+        facts = {"top": top.indices.tolist(), "logits": top.values.tolist(), "round_trip_error": error}
+        return {"inputs": self.inputs, **facts}
 
 
 def round_trip(probe: Probe, reloaded: nn.Module) -> float:
@@ -128,7 +127,7 @@ def round_trip(probe: Probe, reloaded: nn.Module) -> float:
     Raises:
         ProofFailed: they are not the same model.
     """
-    again = Probe.of(reloaded, probe.ids).logits
+    again = Probe.of(reloaded, probe.inputs).logits
     error = (probe.logits - again).abs().max().item()
     if not error <= TOLERANCE * probe.logits.abs().max().item():
         raise ProofFailed(f"round trip: the saved adapter on a fresh base gives other logits (difference {error:.3g})")

@@ -3,7 +3,8 @@
 recipe.yaml          the recipe as resolved
 adapter/             the result
 metrics.jsonl        one object per optimiser step and per evaluation
-checkpoints/step-NNNNNN/
+checkpoints/step-NNNNNN/   to resume from
+checkpoints/best-NNNNNN/   the adapter of the best evaluation
 """
 
 import json
@@ -68,9 +69,18 @@ class RunFolder:
         """The last complete one; a half-written one has another name."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
+    def best(self, step: int) -> Path:
+        """Where the adapter of an evaluation lies that was the best so far."""
+        return self.checkpoints / f"best-{step:06d}"
+
     def drop_old_checkpoints(self) -> None:
-        """Keep the last two."""
-        for old in sorted(self.checkpoints.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+        """Keep the last two, and of the best adapters those that a run resumed from either would want."""
+        steps = sorted(self.checkpoints.glob("step-*"))
+        for old in steps[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+        bests = sorted(self.checkpoints.glob("best-*"))
+        before = [best for best in bests if _number(best) <= min(map(_number, steps[-KEPT_CHECKPOINTS:]))]
+        for old in before[:-1]:
             shutil.rmtree(old)
 
     def record(self, **values: Any) -> None:
@@ -91,6 +101,10 @@ class RunFolder:
         """Forget what was recorded after `step`, which will be done again: from 0 on, the first evaluation too."""
         kept = [record for record in self.records() if record["step"] <= step and step > 0]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _changed_lines(before: str, after: str) -> str:

@@ -1,7 +1,6 @@
 """From a loaded recipe to a proved adapter folder: preflight, base, adapters, loop, artefact, round trip."""
 
 import gc
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -20,21 +19,25 @@ from onegpu.adapters.device import grad_scaler
 from onegpu.adapters.files import write_json
 from onegpu.adapters.fingerprints import differences, fingerprint
 
-from .batches import micro_batches, resolve_micro_batch
 from .checkpoints import read_checkpoint
-from .dataset import describe
+from .data.batches import micro_batches, resolve_micro_batch
 from .display import Display, human_bytes
-from .evaluation import on_device
+from .evaluation import Evaluator, on_device, shown
 from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
 from .proofs import Probe, round_trip
 from .runfolder import RunFolder
-from .training import Session, train
+from .selection import choose
+from .showing import lengths_line, rows_line, unusable_lines
+from .tasks import Task, model_inputs
+from .teachers import referring, tokenizer_digest
+from .training import Session, keep_best, train
 
 __all__ = ["Outcome", "run"]
 
 SAMPLED = 16  # rows that an adapter may look at before it starts
+PROBE_TOKENS = 16
 SHOWN_GROUPS = 8  # a table of more would push everything else off the screen
 
 
@@ -45,6 +48,7 @@ class Outcome:
     adapter: Path
     before: dict[str, float]  # held-out scores of the base
     after: dict[str, float]
+    test: dict[str, float] = field(default_factory=dict)  # of rows that were looked at only once, at the end
     demonstrations: list[tuple[str, str]] = field(default_factory=list)  # (question, answer) before, after
     round_trip_error: float = 0.0
 
@@ -67,7 +71,7 @@ def run(loaded: Loaded, out: Path, *, resume: bool = False, display: Display | N
     display = display or Display(quiet=not accelerator.is_main_process)
     _describe(job, display)
     outcome = _train_and_prove(job, folder, accelerator, display, resume=resume)
-    _report(outcome, display, time.perf_counter() - began)
+    _report(outcome, job.loaded.task, display, time.perf_counter() - began)
     return outcome
 
 
@@ -86,10 +90,11 @@ def _train_and_prove(
     accelerator.wait_for_everyone()
     verdict = train(session)
     display.line("trained", verdict)
+    after, test = keep_best(session), _tested(session, job)
     demonstrations = [d for d in (before, demonstrate(session.model)) if d is not None]
-    probe = Probe.of(session.model, job.dataset.train[0].ids)
+    probe = Probe.of(session.model, job.loaded.task.probe(job.dataset.train[0], PROBE_TOKENS))
     unproved = folder.adapter.with_name("adapter-unproved")
-    scores = session.scores or [{}]
+    before_training = (session.scores or [{}])[0]
     if accelerator.is_main_process:
         save(unproved)
     del session, save
@@ -99,7 +104,15 @@ def _train_and_prove(
         error = _prove(job, unproved, probe)
         os.replace(unproved, folder.adapter)
     accelerator.wait_for_everyone()
-    return Outcome(folder.adapter, scores[0], scores[-1], demonstrations, error)
+    return Outcome(folder.adapter, before_training, after, test, demonstrations, error)
+
+
+def _tested(session: Session, job: Job) -> dict[str, float]:
+    """Scores on the test rows, which nothing was chosen by."""
+    if not job.dataset.test:
+        return {}
+    scores = session.test = session.evaluator(session.model, job.dataset.test).scores
+    return scores
 
 
 def _session(
@@ -128,10 +141,10 @@ def _session(
         base=base,
         examples=job.dataset.train,
         held_out=job.dataset.evaluation,
-        pad=job.pad,
+        plan=job.plan,
         steps=job.steps,
-        micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
-        autocast=torch.autocast(job.hardware.kind, dtype=dtype, enabled=job.options.autocast is not None),
+        evaluator=_evaluator(job, stack, dtype),
+        selection=choose(settings.best, job.loaded.task.measures()),
         optimizer=optimizer,
         schedule=make_schedule(settings, optimizer, job.steps),
         scaler=grad_scaler(dtype, job.options.device),
@@ -143,7 +156,8 @@ def _session(
     facts = _facts(job, [group.row(settings.learning_rate) for group in groups])
 
     def save(place: Path) -> None:
-        run_facts = facts | {"steps": session.step, "scores": session.scores[-1] if session.scores else {}}
+        scores = {"scores": session.selection.scores or (session.scores or [{}])[-1], "test": session.test}
+        run_facts = facts | {"steps": session.selection.step or session.step, **scores}
         artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
     _describe_groups(groups, settings.learning_rate, display)
@@ -151,11 +165,25 @@ def _session(
     return session, save
 
 
+def _evaluator(job: Job, stack: Stack, dtype: torch.dtype) -> Evaluator:
+    settings, task = job.loaded.recipe.train, job.loaded.task
+    autocast = torch.autocast(job.hardware.kind, dtype=dtype, enabled=job.options.autocast is not None)
+    return Evaluator(
+        task=task,
+        reader=job.reader,
+        pad=job.pad,
+        micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
+        window=settings.effective_batch,
+        autocast=autocast,
+        refer=referring(job, stack, autocast),
+    )
+
+
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:
     """A few inputs of the run, for adapters that start from data."""
     rows = job.dataset.train[:SAMPLED]
     batches = [on_device(job.loaded.task.collate(chunk, job.pad), device) for chunk in micro_batches(rows, 1)]
-    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+    return [model_inputs(batch) for batch in batches]
 
 
 def _continue_from(job: Job, stack: Stack, folder: str) -> None:
@@ -183,6 +211,7 @@ def _restore(session: Session, data: dict[str, Any], *, resume: bool) -> None:
             scaler=session.scaler,
         )
         session.step, session.scores = progress["step"], progress["scores"]
+        session.selection = session.selection.resumed(progress["selection"])
         session.display.line("resumed", f"after step {session.step}")
 
 
@@ -196,21 +225,14 @@ def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "task": {job.loaded.task_name: task | files},
         "train": settings.model_dump(),
-        "data": {"fingerprint": job.split.fingerprint, **job.dataset.report()},
+        "data": {"fingerprint": job.gathered.rows.fingerprint, **job.dataset.report()},
         "labels": list(job.reader.labels) if job.reader.labels else None,
+        "class_weights": list(job.reader.class_weights) if job.reader.class_weights else None,
         "groups": groups,
-        "tokenizer": _tokenizer_digest(job.reader.tokenizer),
+        "tokenizer": tokenizer_digest(job.reader.tokenizer),
         "stop_tokens": sorted(job.reader.stops),
         "threads": torch.get_num_threads(),
     }
-
-
-def _tokenizer_digest(tokenizer: Any) -> dict[str, str]:
-    def digest(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return {"vocabulary": digest(repr(vocabulary)), "chat_template": digest(str(tokenizer.chat_template))}
 
 
 def _prove(job: Job, folder: Path, probe: Probe) -> float:
@@ -229,19 +251,24 @@ def _prove(job: Job, folder: Path, probe: Probe) -> float:
 
 def _demonstrator(job: Job) -> Callable[[Any], tuple[str, str] | None]:
     """Shows the model's answer to the first usable row that is held out, where the task has answers."""
-    rows = [job.split.evaluation[example.row] for example in job.dataset.evaluation[:1]]
-    return lambda model: job.loaded.task.demonstrate(model, job.reader, rows[0]) if rows else None
+    rows, _ = job.gathered.side("evaluation")
+    first = [rows[example.row] for example in job.dataset.evaluation[:1]]
+    return lambda model: job.loaded.task.demonstrate(model, job.reader, first[0]) if first else None
 
 
 def _describe(job: Job, display: Display) -> None:
-    data, task = job.dataset, job.loaded.task
-    what = f"{data.supervised:,} of {data.tokens:,} tokens supervised"
+    report = job.dataset.report()
+    what = f"{report['supervised']:,} of {report['tokens']:,} tokens supervised"
     if job.reader.labels is not None:
         what = f"{len(job.reader.labels)} classes"
     display.line("recipe", job.loaded.name)
-    display.line("data", f"{len(data.train):,} rows of {task.data}, {len(data.evaluation):,} held out; {what}")
-    if data.dropped:
-        display.line("dropped", describe(data.dropped))
+    display.line("data", f"{job.gathered.rows.written}: {rows_line(report)}; {what}")
+    display.line("lengths", lengths_line(report))
+    for text in unusable_lines(report):
+        display.line("dropped", text)
+    for what, count in report["duplicates"].items():
+        if count:
+            display.line("doubles", f"{what}: {count:,}")
     for named in job.loaded.stack:
         if not named.adapter.capabilities.row_by_row:
             why = named.adapter.capabilities.because("row_by_row")
@@ -270,9 +297,11 @@ def _describe_groups(groups: list[Group], learning_rate: float, display: Display
         display.line("groups", f"{len(rows)} in all, these are the slowest and the fastest; manifest.json lists each")
 
 
-def _report(outcome: Outcome, display: Display, seconds: float) -> None:
-    for name, value in outcome.after.items():
-        display.line("held-out", f"{name} {outcome.before[name]:.4f} before, {value:.4f} after")
+def _report(outcome: Outcome, task: Task, display: Display, seconds: float) -> None:
+    for name in shown(task, outcome.after):
+        display.line("held-out", f"{name} {outcome.before[name]:.4f} before, {outcome.after[name]:.4f} after")
+    for name in shown(task, outcome.test):
+        display.line("test", f"{name} {outcome.test[name]:.4f}")
     for when, (question, text) in zip(("before", "after"), outcome.demonstrations, strict=False):
         if when == "before":
             display.line("question", question)

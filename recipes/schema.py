@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from onegpu.adapters.device import Precision
 
-__all__ = ["Recipe", "Train"]
+__all__ = ["Best", "Recipe", "Train"]
 
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
@@ -17,6 +17,19 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Best(_Strict):
+    """Which evaluation's adapter is kept, and how long a better one is waited for."""
+
+    metric: str | None = None
+    """A score of the task; the one that matters most to it when left out."""
+
+    patience: Count | None = None
+    """Evaluations without a better score after which the run ends early; never when left out."""
+
+    min_delta: float = Field(default=0.0, ge=0)
+    """By how much a score has to be better to count."""
 
 
 class Train(_Strict):
@@ -61,6 +74,9 @@ class Train(_Strict):
     evaluate_every: Count | None = 50
     """Optimiser steps between evaluations; null for one before and one after."""
 
+    best: Best | None = None
+    """Keep the adapter of the best evaluation, and stop when none gets better; the last step's when left out."""
+
     checkpoint_every: Count | None = 50
     """Optimiser steps between checkpoints to resume from; null for none."""
 
@@ -73,6 +89,8 @@ class Train(_Strict):
             raise ValueError("give `steps` or `epochs`, not both")
         if self.schedule == "constant" and self.warmup:
             raise ValueError("the schedule `constant` would ignore `warmup`; use `constant_with_warmup`")
+        if self.best is not None and self.evaluate_every is None:
+            raise ValueError("`best` compares evaluations: set `evaluate_every`")
         return self
 
 

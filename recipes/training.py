@@ -8,32 +8,33 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from onegpu.adapters import DeviceError, Interrupted, ProofFailed, Stack
+from onegpu.adapters import DeviceError, Interrupted, ProofFailed, Stack, artefact
 from onegpu.adapters.device import peak_memory
 from onegpu.adapters.fingerprints import Fingerprint
 
-from .batches import Plan, micro_batches
 from .checkpoints import write_checkpoint
+from .data.batches import Plan, micro_batches
 from .display import Display
-from .evaluation import evaluate, on_device
+from .evaluation import Evaluator, on_device, shown, surveyed
 from .proofs import StepProof, explain_non_finite, first_bad_gradient, frozen_base
 from .runfolder import RunFolder
 from .schema import Train
-from .tasks import Example, Objective, Task
+from .selection import Selection
+from .tasks import Batch, Example, Objective, Task
 
-__all__ = ["Session", "train"]
+__all__ = ["Session", "keep_best", "train"]
 
 
 @dataclass
@@ -44,21 +45,22 @@ class Session:
     task: Task
     stack: Stack
     base: Fingerprint
-    examples: list[Example]
-    held_out: list[Example]
-    pad: int
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    plan: Plan
     steps: int
-    micro_batch: int
-    autocast: torch.autocast
+    evaluator: Evaluator
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
     accelerator: Accelerator
     folder: RunFolder
     display: Display
-    save_adapter: Any  # (folder) -> None
+    save_adapter: Callable[[Path], None]
+    selection: Selection
     step: int = 0  # optimiser steps done
     scores: list[dict[str, float]] = field(default_factory=list)  # one per evaluation, the first with the adapter off
+    test: dict[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -74,7 +76,6 @@ def train(s: Session) -> str:
         Interrupted: after the step during which the user asked to stop.
         DeviceError: the device ran out of memory.
     """
-    plan = Plan(len(s.examples), s.settings.effective_batch, s.settings.seed)
     proof = StepProof(s.stack)
     trainable = s.stack.trainable()
     if s.step == 0:
@@ -82,11 +83,11 @@ def train(s: Session) -> str:
             _evaluate(s)
     s.model.train()
     with _asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
-        while s.step < s.steps:
+        while s.step < s.steps and not s.selection.exhausted:
             began = time.perf_counter()
             for attachment in s.stack.attachments:
                 attachment.before_step(s.step)
-            window = [s.examples[i] for i in plan.window(s.step)]
+            window = s.task.prepare([s.examples[i] for i in s.plan.window(s.step)], s.plan.window_seed(s.step))
             loss, weight = _accumulate(s, window, trainable)
             for attachment in s.stack.attachments:
                 attachment.after_backward(s.step)
@@ -106,12 +107,12 @@ def train(s: Session) -> str:
             s.step += 1
             record = {
                 "step": s.step,
-                "epoch": round(plan.epoch(s.step), 6),
+                "epoch": round(s.plan.epoch(s.step), 6),
                 "loss": loss,
                 "learning_rate": max(rates),
                 "learning_rates": rates,
                 "grad_norm": norm if math.isfinite(norm) else None,
-                "tokens": sum(len(example.ids) for example in window),
+                "tokens": sum(example.size for example in window),
                 "supervised_tokens": weight,
                 "seconds": time.perf_counter() - began,
                 "peak_memory": peak_memory(s.accelerator.device),
@@ -125,24 +126,24 @@ def train(s: Session) -> str:
                 _checkpoint(s)
             if asked:
                 raise Interrupted(f"interrupted after step {s.step}; go on with --resume")
-    _evaluate(s)
+    if not s.selection.exhausted:
+        _evaluate(s)
     frozen_base(s.stack, s.base)
     return proof.verdict()
 
 
-def _accumulate(s: Session, window: list[Example], trainable: dict[str, nn.Parameter]) -> tuple[float, float]:
+def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.Parameter]) -> tuple[float, float]:
     """Leave the gradient of the window in `.grad`; returns (loss, weight) of the whole window."""
-    world, rank = s.accelerator.num_processes, s.accelerator.process_index
+    world = s.accelerator.num_processes
     total = torch.zeros(2, dtype=torch.float64)  # loss, weight
-    for chunk in micro_batches(window, s.micro_batch)[rank::world]:
-        batch = on_device(s.task.collate(chunk, s.pad), s.accelerator.device)
+    for batch in _batches(s, window):
         try:
-            with s.autocast:
+            with s.evaluator.autocast:
                 objective = s.task.objective(s.model, batch)
             _check_finite(s, objective, batch)
             s.scaler.scale(objective.total).backward()
         except torch.OutOfMemoryError as cause:
-            raise DeviceError(_out_of_memory(s, chunk)) from cause
+            raise DeviceError(_out_of_memory(batch)) from cause
         total += torch.tensor([objective.total.item(), objective.weight], dtype=torch.float64)
     total = s.accelerator.reduce(total.to(s.accelerator.device), "sum").cpu()
     loss, weight = total.tolist()
@@ -158,7 +159,22 @@ def _accumulate(s: Session, window: list[Example], trainable: dict[str, nn.Param
     return loss / weight, weight
 
 
-def _check_finite(s: Session, objective: Objective, batch: dict[str, Tensor]) -> None:
+def _batches(s: Session, window: Sequence[Example]) -> Iterator[Batch]:
+    """This process's share of a window, with what the reference model and the whole window say of each batch."""
+    chunks = micro_batches(window, s.evaluator.micro_batch)
+    own = chunks[s.accelerator.process_index :: s.accelerator.num_processes]
+    batches = (on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device) for chunk in own)
+    referred = (batch | s.evaluator.refer(batch) for batch in batches)
+    return surveyed(
+        s.task,
+        s.model,
+        referred,
+        autocast=s.evaluator.autocast,
+        reduce=lambda total: s.accelerator.reduce(total, "sum"),
+    )
+
+
+def _check_finite(s: Session, objective: Objective, batch: Batch) -> None:
     if not torch.isfinite(objective.total):
         where = explain_non_finite(s.stack, s.task, batch)
         raise ProofFailed(f"step {s.step + 1}: the loss is {objective.total.item()}, {where}")
@@ -176,15 +192,33 @@ def _clip(s: Session, trainable: dict[str, nn.Parameter]) -> float:
 def _evaluate(s: Session) -> None:
     if not s.held_out:
         return
-    scores = evaluate(s.model, s.task, s.held_out, micro_batch=s.micro_batch, pad=s.pad, autocast=s.autocast)
+    scores = s.evaluator(s.model, s.held_out).scores
     if not math.isfinite(scores["loss"]):
-        batch = s.task.collate(micro_batches(s.held_out, s.micro_batch)[0], s.pad)
-        where = explain_non_finite(s.stack, s.task, on_device(batch, s.accelerator.device))
+        chunk = micro_batches(s.held_out[: s.evaluator.window], s.evaluator.micro_batch)[0]
+        batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
+        where = explain_non_finite(s.stack, s.task, batch | s.evaluator.refer(batch))
         raise ProofFailed(f"step {s.step}: the held-out loss is {scores['loss']}, {where}")
     s.scores.append(scores)
     if s.accelerator.is_main_process:
         s.folder.record(step=s.step, evaluation=scores, adapter=s.step > 0)
-    s.display.line(f"step {s.step}", "held-out " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    text = "  ".join(f"{name} {scores[name]:.4f}" for name in shown(s.task, scores))
+    s.display.line(f"step {s.step}", f"held-out {text}")
+    if s.step > 0 and s.selection.look(s.step, scores) and s.accelerator.is_main_process:
+        s.save_adapter(s.folder.best(s.step))
+
+
+def keep_best(s: Session) -> dict[str, float]:
+    """Go back to the adapter of the best evaluation, where the recipe wants it; returns the scores of what is kept."""
+    if s.selection.step is None:
+        return s.scores[-1] if s.scores else {}
+    s.accelerator.wait_for_everyone()
+    artefact.fill(s.stack, s.folder.best(s.selection.step))
+    ended = f"stopped after step {s.step}; " if s.selection.exhausted else ""
+    s.display.line(
+        "best",
+        f"{ended}kept step {s.selection.step}: {s.selection.metric} {s.selection.scores[s.selection.metric]:.4f}",
+    )
+    return s.selection.scores
 
 
 def _checkpoint(s: Session) -> None:
@@ -196,7 +230,7 @@ def _checkpoint(s: Session) -> None:
             optimizer=s.optimizer,
             schedule=s.schedule,
             scaler=s.scaler,
-            progress={"step": s.step, "scores": s.scores},
+            progress={"step": s.step, "scores": s.scores, "selection": s.selection.state()},
         )
         s.folder.drop_old_checkpoints()
     s.accelerator.wait_for_everyone()
@@ -206,10 +240,11 @@ def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _out_of_memory(s: Session, chunk: list[Example]) -> str:
-    smaller = max(1, len(chunk) // 2)
+def _out_of_memory(batch: Batch) -> str:
+    examples, tokens = batch["input_ids"].shape
+    smaller = max(1, examples // 2)
     return (
-        f"out of memory with {len(chunk)} examples of up to {len(chunk[0].ids)} tokens in one pass: "
+        f"out of memory with {examples} examples of up to {tokens} tokens in one pass: "
         f"set train.micro_batch to {smaller} (the result stays the same), train.gradient_checkpointing to true, "
         "or a smaller max_length"
     )

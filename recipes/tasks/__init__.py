@@ -3,9 +3,40 @@
 from onegpu.adapters import TASKS
 from onegpu.adapters.registry import find, load
 
-from .contract import Batch, Example, Labels, Objective, Reader, Row, RowProblem, Task
+from .contract import (
+    Batch,
+    Direction,
+    Example,
+    Labels,
+    Objective,
+    Predictions,
+    PredictiveTask,
+    Reader,
+    Row,
+    RowProblem,
+    Task,
+    TooLong,
+    Traits,
+    model_inputs,
+)
 
-__all__ = ["Batch", "Example", "Labels", "Objective", "Reader", "Row", "RowProblem", "Task", "get_task"]
+__all__ = [
+    "Batch",
+    "Direction",
+    "Example",
+    "Labels",
+    "Objective",
+    "Predictions",
+    "PredictiveTask",
+    "Reader",
+    "Row",
+    "RowProblem",
+    "Task",
+    "TooLong",
+    "Traits",
+    "get_task",
+    "model_inputs",
+]
 
 
 def get_task(name: str) -> type[Task]:

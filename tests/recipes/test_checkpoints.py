@@ -237,6 +237,6 @@ def test_other_data_is_not_resumed(
     _at_step(2, _interrupt, monkeypatch)
     with pytest.raises(Interrupted):
         run(loaded)
-    shutil.copy(jsonl(rows[::-1], "others.jsonl"), loaded.task.data)
+    shutil.copy(jsonl(rows[::-1], "others.jsonl"), str(loaded.task.data))
     with pytest.raises(RecipeError, match=r"the rows have changed since .*step-000002 was written"):
         run(loaded, resume=True)

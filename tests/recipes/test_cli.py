@@ -14,7 +14,7 @@ import torch
 
 from onegpu.adapters import ADAPTERS, TASKS, artefact
 from onegpu.recipes import Loaded, training
-from onegpu.recipes.rows import Rows
+from onegpu.recipes.data.rows import Rows
 from onegpu.recipes.training import Session
 
 Command = Callable[..., tuple[int, str, str]]
@@ -58,8 +58,8 @@ WRONG: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "misplaced key": ([("rank: 2", "steps: 2")], 2, ["recipe.yaml:3", "'steps' belongs under `train`"]),
     "bad type": ([("steps: 1", "steps: soon")], 2, ["recipe.yaml:6", "train.steps", "valid integer", "'soon'"]),
     "missing file": ([("rows.jsonl", "row.jsonl")], 2, ["recipe.yaml:5", "'row.jsonl': no such file", "rows.jsonl"]),
-    "empty dataset": ([("rows.jsonl", "empty.jsonl")], 2, ["recipe.yaml:5", "has no rows"]),
-    "missing column": ([("rows.jsonl", "other.jsonl")], 2, ["recipe.yaml:5", "row 0: no column 'messages'", "text"]),
+    "empty dataset": ([("rows.jsonl", "empty.jsonl")], 2, ["recipe.yaml:5", "the file is empty"]),
+    "missing column": ([("rows.jsonl", "other.jsonl")], 2, ["recipe.yaml:5", "no column 'messages'", "text"]),
     "unknown sample": (
         [("rows.jsonl", "sample:chitchat-shrot")],
         2,
@@ -68,7 +68,7 @@ WRONG: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "no conversations": (
         [("rows.jsonl", "alone.jsonl")],
         2,
-        ["recipe.yaml:5", "2 of 12 rows", "no assistant turn (row 4, 7)"],
+        ["recipe.yaml:5", "2 of 12 rows", "no assistant turn (alone.jsonl:5, alone.jsonl:8)"],
     ),
     "too long": (
         [("evaluation: none", "evaluation: none, max_length: 20")],
@@ -394,7 +394,7 @@ def test_an_interrupt_before_the_first_step_is_one_too(
     def read(*args: Any, **options: Any) -> Rows:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onegpu.recipes.dataset.read_rows", read)
+    monkeypatch.setattr("onegpu.recipes.data.dataset.read_rows", read)
     code, _, err = onegpu("run", "recipe.yaml", "-o", "out")
     assert (code, err.strip()) == (130, "onegpu: interrupted")
     assert not (workplace / "out").exists()
@@ -457,5 +457,5 @@ def test_what_a_run_says(chat_recipe: Callable[..., Loaded], workplace: Path, on
         "proved",
     }
     assert "packed linears" in out
-    assert "8 rows of" in out
-    assert "2 held out" in out
+    assert "8 for train" in out
+    assert "2 for evaluation" in out

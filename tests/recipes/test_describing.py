@@ -40,7 +40,7 @@ def test_types_and_defaults_are_told_as_a_recipe_writes_them() -> None:
     assert (told["rank"]["type"], told["rank"]["default"]) == ("integer", 16)
     assert (told["targets"]["type"], told["targets"]["default"]) == ("string or list of string", "all-linear")
     task = {setting["name"]: setting for setting in describe_task("chat")["settings"]}
-    assert task["supervise"]["type"] == "assistant or last"
+    assert task["supervise"]["type"] == "assistant or last or all"
 
 
 @pytest.mark.parametrize("describe", [describe_adapter, describe_task])

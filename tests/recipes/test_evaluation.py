@@ -10,7 +10,7 @@ from torch import Tensor
 from onegpu.adapters import Stack, attach, load_base
 from onegpu.adapters.fingerprints import fingerprint
 from onegpu.recipes import Loaded, Outcome
-from onegpu.recipes.evaluation import evaluate
+from onegpu.recipes.evaluation import Evaluator, reference
 from onegpu.recipes.tasks import Example, Reader
 from onegpu.recipes.tasks.chat import Chat
 
@@ -23,7 +23,7 @@ PAD = 1
 @pytest.fixture
 def examples(rows: list[dict[str, Any]], reader: Reader) -> list[Example]:
     """The ten conversations, tokenised."""
-    return [CHAT.encode(number, row, reader) for number, row in enumerate(rows)]
+    return [example for number, row in enumerate(rows) for example in CHAT.encode(number, row, reader)]
 
 
 @pytest.fixture
@@ -45,7 +45,16 @@ def attached(chat_base: Path) -> Callable[..., Stack]:
 
 def _evaluate(stack: Stack, examples: list[Example], micro_batch: int = 3) -> dict[str, float]:
     autocast = torch.autocast("cpu", enabled=False)
-    return evaluate(stack.model, CHAT, examples, micro_batch=micro_batch, pad=PAD, autocast=autocast)
+    evaluator = Evaluator(
+        task=CHAT,
+        reader=Reader(None, 256),
+        pad=PAD,
+        micro_batch=micro_batch,
+        window=4,
+        autocast=autocast,
+        refer=reference(CHAT, stack, autocast),
+    )
+    return evaluator(stack.model, examples).scores
 
 
 def _gradients(stack: Stack, examples: list[Example]) -> dict[str, Tensor]:

@@ -414,7 +414,7 @@ def _fields(model: type[BaseModel]) -> set[tuple[str, str]]:
 def test_every_setting_of_a_chat_recipe_is_read_during_a_run(
     chat_recipe: Callable[..., Loaded], run: Callable[..., Outcome]
 ) -> None:
-    loaded = chat_recipe(task={"evaluation": 0.2, "max_length": 60, "too_long": "truncate"}, train={"steps": 1})
+    loaded = chat_recipe(task={"evaluation": 0.2, "max_length": 60, "too_long": "cut-right"}, train={"steps": 1})
     with _reads_of([Recipe, Train, Chat]) as seen:
         run(loaded)
     assert seen >= (_fields(Recipe) | _fields(Chat) | _fields(Train)) - READ_WHILE_LOADING - {("Train", "epochs")}

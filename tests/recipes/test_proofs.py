@@ -262,7 +262,7 @@ def test_the_measured_error_of_the_round_trip_is_in_the_manifest(chat_recipe: Re
 
 @pytest.mark.parametrize("change", [1e-2, float("nan"), float("inf")])
 def test_a_model_with_other_logits_is_another_model(stack: Stack, change: float) -> None:
-    probe = Probe.of(stack.model, [0, 5, 9, 1])
+    probe = Probe.of(stack.model, {"input_ids": [0, 5, 9, 1]})
     assert round_trip(probe, stack.model) == 0.0
     with torch.no_grad():
         stack.model.get_parameter("model.norm.weight").mul_(1 + change)
@@ -274,5 +274,5 @@ def test_probing_leaves_the_modes_of_the_modules_alone(stack: Stack) -> None:
     stack.model.train()
     stack.model.get_submodule("model.layers.0").eval()
     modes = [module.training for module in stack.model.modules()]
-    Probe.of(stack.model, [0, 5, 9, 1])
+    Probe.of(stack.model, {"input_ids": [0, 5, 9, 1]})
     assert [module.training for module in stack.model.modules()] == modes

@@ -44,7 +44,7 @@ def test_exactly_what_the_assistant_says_is_supervised_on_real_rows() -> None:
     assert len(job.dataset.train) == 200
     for example in job.dataset.train:
         supervised = tokenizer.decode([label for label in example.labels if label != -100])
-        said = [m["content"] for m in job.split.train[example.row]["messages"] if m["role"] == "assistant"]
+        said = [m["content"] for m in job.gathered.rows[example.row]["messages"] if m["role"] == "assistant"]
         assert supervised == "".join(f"{text}<|im_end|>" for text in said)
 
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from onegpu.adapters import DeviceError, Interrupted, Stack, attach, save
 from onegpu.adapters.fingerprints import Fingerprint
 from onegpu.recipes import Loaded, Outcome, preflight, proofs, training
-from onegpu.recipes.batches import Plan
 from onegpu.recipes.training import Session
 
 LORA = {"lora": {"rank": 4}}
@@ -137,9 +136,8 @@ def test_the_loop_does_what_a_few_plain_lines_do(
     trainable = stack.trainable()
     begin = {name: p.detach().clone() for name, p in trainable.items()}
     expected = []
-    plan = Plan(10, 4, seed=0)
     for step in range(3):
-        batch = job.loaded.task.collate([job.dataset.train[i] for i in plan.window(step)], 1)
+        batch = job.loaded.task.collate([job.dataset.train[i] for i in job.plan.window(step)], 1)
         logits = stack.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
         gradients = torch.autograd.grad(loss, list(trainable.values()))
@@ -239,7 +237,8 @@ def test_each_step_is_recorded_with_all_that_belongs_to_it(
     loaded = chat_recipe(train={"steps": 4, "effective_batch": 4, "micro_batch": 3, "schedule": "linear"})
     run(loaded)
     lines = metrics(tmp_path / "out")
-    dataset, plan = preflight(loaded).dataset, Plan(10, 4, seed=0)
+    job = preflight(loaded)
+    dataset, plan = job.dataset, job.plan
     windows = [[dataset.train[i] for i in plan.window(step)] for step in range(4)]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.0, 1.4]

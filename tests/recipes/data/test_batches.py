@@ -1,7 +1,12 @@
+import numpy as np
 import pytest
 
-from onegpu.recipes.batches import Plan, micro_batches, resolve_micro_batch
+from onegpu.recipes.data.batches import Plan, micro_batches, resolve_micro_batch
 from onegpu.recipes.tasks import Example
+
+
+def _plan(examples: int, batch: int, seed: int) -> Plan:
+    return Plan(np.zeros(examples, np.int32), (1.0,), batch, seed)
 
 
 def _examples(*lengths: int) -> list[Example]:
@@ -10,7 +15,7 @@ def _examples(*lengths: int) -> list[Example]:
 
 @pytest.mark.parametrize(("examples", "batch"), [(10, 4), (10, 5), (10, 10), (10, 16), (1, 1), (7, 1)])
 def test_an_epoch_shows_every_example_once_in_windows_with_a_short_tail(examples: int, batch: int) -> None:
-    plan = Plan(examples, batch, seed=0)
+    plan = _plan(examples, batch, 0)
     windows = [plan.window(step) for step in range(plan.windows_per_epoch)]
     assert sorted(index for window in windows for index in window) == list(range(examples))
     assert [len(window) for window in windows[:-1]] == [batch] * (plan.windows_per_epoch - 1)
@@ -19,7 +24,7 @@ def test_an_epoch_shows_every_example_once_in_windows_with_a_short_tail(examples
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        plan = Plan(50, 50, seed)
+        plan = _plan(50, 50, seed)
         return plan.window(epoch)
 
     assert order(1, 2) == order(1, 2)
@@ -27,13 +32,26 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
 
 
 def test_a_window_follows_from_the_number_of_its_step_alone() -> None:
-    straight = [Plan(10, 4, 0).window(step) for step in range(9)]
-    assert [Plan(10, 4, 0).window(step) for step in reversed(range(9))] == straight[::-1]
+    straight = [_plan(10, 4, 0).window(step) for step in range(9)]
+    assert [_plan(10, 4, 0).window(step) for step in reversed(range(9))] == straight[::-1]
 
 
 def test_the_epoch_counts_examples_not_windows() -> None:
-    plan = Plan(10, 4, 0)
+    plan = _plan(10, 4, 0)
     assert [plan.epoch(step) for step in range(5)] == [0, 0.4, 0.8, 1.0, 1.4]
+
+
+def test_a_source_of_weight_two_is_seen_twice_an_epoch() -> None:
+    plan = Plan(np.array([0, 0, 0, 1, 1]), (2.0, 0.5), effective_batch=3, seed=0)
+    assert (plan.examples, plan.windows_per_epoch) == (7, 3)
+    seen = [index for step in range(3) for index in plan.window(step)]
+    assert sorted(seen)[:6] == [0, 0, 1, 1, 2, 2]
+    again = [index for step in range(3, 6) for index in plan.window(step)]
+    assert {max(seen), max(again)} == {3, 4}
+
+
+def test_every_step_has_a_seed_of_its_own() -> None:
+    assert len({_plan(10, 4, seed).window_seed(step) for seed in (0, 1) for step in range(100)}) == 200
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])

@@ -4,25 +4,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+import numpy as np
 
-from .tasks import Example
+from ..tasks.contract import Example
+from .order import epoch_length, epoch_order
 
 __all__ = ["Plan", "micro_batches", "resolve_micro_batch"]
 
 TOKENS_PER_PASS = 4096  # what `micro_batch: auto` aims at; padded tokens of one forward pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of examples: one permutation an epoch, cut into windows of `effective_batch`; the last may be short.
+    """The order of examples: each epoch is shuffled anew and cut into windows of `effective_batch`.
 
     A step's window follows from its number alone, so a resumed run sees exactly the examples it would have seen.
     """
 
-    examples: int
+    sources: np.ndarray  # (examples,): which source each comes from
+    weights: tuple[float, ...]  # of each source
     effective_batch: int
     seed: int
+
+    @property
+    def examples(self) -> int:
+        """Examples that an epoch sees."""
+        return epoch_length(self.sources, self.weights)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -32,25 +39,25 @@ class Plan:
     def window(self, step: int) -> list[int]:
         """Indices of the examples of optimiser step `step`, counted from 0."""
         epoch, place = divmod(step, self.windows_per_epoch)
-        order = _permutation(self.examples, self.seed, epoch)
-        return order[place * self.effective_batch : (place + 1) * self.effective_batch]
+        return self._order(epoch)[place * self.effective_batch : (place + 1) * self.effective_batch]
+
+    def window_seed(self, step: int) -> int:
+        """Seed of what is drawn for the examples of a step."""
+        return self.seed * 1_000_003 + step
 
     def epoch(self, step: int) -> float:
         """How many passes over the data are done after `step` steps."""
         whole, place = divmod(step, self.windows_per_epoch)
         return whole + min(place * self.effective_batch / self.examples, 1.0)
 
-
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
+    @lru_cache(maxsize=2)  # noqa: B019 (there is one plan a run)
+    def _order(self, epoch: int) -> list[int]:
+        return epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch)
 
 
 def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
     """Cut a window into forward passes, longest first: little padding, and memory runs out at once or never."""
-    ordered = sorted(examples, key=lambda example: (-len(example.ids), example.row))
+    ordered = sorted(examples, key=lambda example: (-example.size, example.row))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 

@@ -1,0 +1,201 @@
+"""From a recipe to examples: read, split, tokenise, and the data proof."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from onegpu.adapters import TASKS, DataError
+from onegpu.adapters.isolation import answerable
+from onegpu.adapters.registry import entry_of
+
+from ..loading import Loaded
+from ..tasks.contract import Example, Labels, Reader, RowProblem
+from .examples import Examples, Unusable, key_parts, store_examples
+from .rows import Rows, describe, read_rows
+from .splits import Split, split
+
+__all__ = ["SIDES", "Dataset", "Gathered", "Trained", "encode", "gather"]
+
+SIDES = ("train", "evaluation", "test")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a head was trained to tell apart."""
+
+    labels: Labels
+    class_weights: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The rows of a recipe, and which of them are for what."""
+
+    rows: Rows
+    own: Mapping[str, Rows]  # a held-out side that has rows of its own
+    split: Split
+    labels: Labels
+    class_weights: Sequence[float] | None  # one per label
+
+    def side(self, name: str) -> tuple[Rows, list[int]]:
+        """Rows of a side, as numbers into them."""
+        return self.own.get(name, self.rows), getattr(self.split, name)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples, and what was found out while making them."""
+
+    train: Examples[Example]
+    evaluation: Examples[Example]
+    test: Examples[Example]
+    dropped: dict[str, list[str]]  # why rows cannot be used -> their places
+    duplicates: dict[str, int]  # what was found -> rows
+    limit: int
+
+    @cached_property
+    def sides(self) -> dict[str, Examples[Example]]:
+        """The three, by name."""
+        return {"train": self.train, "evaluation": self.evaluation, "test": self.test}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example of any side."""
+        return int(max(side.lengths.max() for side in self.sides.values() if len(side)))
+
+    def report(self) -> dict[str, Any]:
+        """For the manifest. Lengths are those of the training rows before any was cut."""
+        cut = self.train.column("cut")
+        lengths = np.sort(self.train.lengths + cut)
+        return {
+            **{f"{name}_examples": len(examples) for name, examples in self.sides.items()},
+            **{f"{name}_rows": len(set(examples.column("row").tolist())) for name, examples in self.sides.items()},
+            "tokens": self.train.tokens,
+            "supervised": self.train.supervised,
+            "length_p50": int(lengths[len(lengths) // 2]),
+            "length_p95": int(lengths[int(len(lengths) * 0.95)]),
+            "length_max": int(lengths[-1]),
+            "limit": self.limit,
+            "cut_share": float((cut > 0).mean()),
+            "dropped": self.dropped,
+            "duplicates": self.duplicates,
+        }
+
+
+def gather(loaded: Loaded, trained: Trained | None = None) -> Gathered:
+    """Read the rows of a recipe and split them. Equal rows land on one side, so that nothing evaluated was trained on.
+
+    Args:
+        trained: the classes of a head that was trained before; found in the training rows when left out.
+
+    Raises:
+        RecipeError, DataError: see `read_rows` and `split`.
+    """
+    task, at = loaded.task, ("task", loaded.task_name)
+    with loaded.place(*at, "data"):
+        rows = _read(loaded, task.data, limit=task.limit)
+    sides: dict[str, float | Rows | None] = {}
+    for name in SIDES[1:]:
+        with loaded.place(*at, name):
+            sides[name] = _held_out(loaded, getattr(task, name))
+    strata = [task.stratum(row) for row in rows]
+    with loaded.place(*at, "evaluation"):
+        cut = split(
+            rows,
+            evaluation=sides["evaluation"],
+            test=sides["test"],
+            seed=loaded.recipe.train.seed,
+            stratify=[str(name) for name in strata] if any(name is not None for name in strata) else None,
+        )
+    with loaded.place(*at, "data"):
+        if not cut.train:
+            raise DataError(f"data {rows.written!r}: no row is left to train on")
+        own = {name: side for name, side in sides.items() if isinstance(side, Rows)}
+        found = trained or _classes(loaded, rows, cut)
+        return Gathered(rows, own, cut, found.labels, found.class_weights)
+
+
+def _classes(loaded: Loaded, rows: Rows, cut: Split) -> Trained:
+    task = loaded.task
+    with answerable(loaded.task_name, entry_of(TASKS, type(task)), "labels"):
+        labels = task.labels(rows[number] for number in cut.train)
+        return Trained(labels, task.class_weights((rows[number] for number in cut.train), labels) if labels else None)
+
+
+def _read(loaded: Loaded, data: Any, limit: int | None = None) -> Rows:
+    task, traits = loaded.task, loaded.task.traits()
+    return read_rows(
+        data,
+        folder=loaded.folder,
+        needs=traits.needs,
+        optional=traits.optional,
+        columns=task.columns,
+        limit=limit,
+        broken=task.tolerate,
+    )
+
+
+def _held_out(loaded: Loaded, written: float | str) -> float | Rows | None:
+    if not isinstance(written, str):
+        return written
+    return None if written == "none" else _read(loaded, written)
+
+
+def encode(loaded: Loaded, gathered: Gathered, reader: Reader) -> Dataset:
+    """Tokenise every side. The data proof: something is supervised, and hardly any row is unusable.
+
+    Raises:
+        DataError: more rows are unusable than the recipe tolerates (they are listed), or none is usable.
+    """
+    task = loaded.task
+    sides = {name: _encoded_side(loaded, gathered, reader, name) for name in SIDES}
+    dropped: dict[str, list[str]] = {reason: list(places) for reason, places in gathered.rows.problems.items()}
+    for name, examples in sides.items():
+        rows, _ = gathered.side(name)
+        for reason, numbers in examples.dropped.items():
+            dropped.setdefault(reason, []).extend(rows.place(number) for number in numbers)
+    unusable, total = sum(map(len, dropped.values())), sum(len(gathered.side(name)[1]) for name in SIDES)
+    total += sum(map(len, gathered.rows.problems.values()))
+    if not len(sides["train"]) or unusable > task.tolerate * total:
+        raise DataError(
+            f"data {gathered.rows.written!r}: {unusable} of {total} rows cannot be used: {describe(dropped)}"
+        )
+    for name in SIDES[1:]:
+        if gathered.side(name)[1] and not len(sides[name]):
+            raise DataError(f"{name}: no row of it can be used: {describe(sides[name].dropped)}")
+    return Dataset(sides["train"], sides["evaluation"], sides["test"], dropped, gathered.split.duplicates, reader.limit)
+
+
+def _encoded_side(loaded: Loaded, gathered: Gathered, reader: Reader, name: str) -> Examples[Example]:
+    rows, numbers = gathered.side(name)
+    task, traits = loaded.task, loaded.task.traits()
+    key = key_parts(
+        tokenizer=reader.tokenizer,
+        task_name=loaded.task_name,
+        task=task,
+        masks=traits.version,
+        max_length=reader.limit,
+        labels=reader.labels,
+        rows=rows.fingerprint,
+        numbers=numbers,
+    )
+    entry = entry_of(TASKS, type(task))
+    key |= {"stops": sorted(reader.stops), "class_weights": list(reader.class_weights or ())}
+    key |= {"plugin": [entry.distribution, entry.version] if entry else None}
+    return store_examples(key, traits.example, _made(loaded, rows, numbers, reader))
+
+
+def _made(loaded: Loaded, rows: Rows, numbers: Sequence[int], reader: Reader) -> Iterator[Example | Unusable]:
+    task = loaded.task
+    entry = entry_of(TASKS, type(task))
+    for number in numbers:
+        try:
+            with answerable("task", entry, f"encode ({rows.place(number)})", passing=RowProblem):
+                yield from task.encode(number, rows[number], reader)
+        except RowProblem as problem:
+            yield Unusable(number, str(problem))
+        except DataError as error:
+            raise DataError(f"{rows.place(number)}: {error}") from error

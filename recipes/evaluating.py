@@ -1,0 +1,109 @@
+"""`onegpu evaluate`: scores of a saved adapter, on the rows that its run held out or on others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from onegpu.adapters import ArtefactError, RecipeError, artefact, load
+from onegpu.adapters.manifest import Manifest
+
+from .data.batches import resolve_micro_batch
+from .data.dataset import Trained
+from .evaluation import Evaluator
+from .jobs import Job, preflight
+from .loading import Loaded, parse_recipe
+from .runfolder import RunFolder
+from .teachers import referring
+
+__all__ = ["Evaluated", "evaluate_folder"]
+
+
+class Evaluated(NamedTuple):
+    """What a saved adapter scores."""
+
+    what: str  # the rows
+    rows: int
+    base: dict[str, float]  # without the adapter; empty where it cannot be switched off
+    adapter: dict[str, float]
+    details: dict[str, Any]
+    shown: list[str]  # the scores that a reader looks at
+
+
+def evaluate_folder(folder: Path, *, data: str | None = None, compare: bool = True) -> Evaluated:
+    """Score the adapter of a run folder, or an adapter folder.
+
+    Args:
+        data: rows to score on; those that the run held out when left out (`test` where there are some).
+        compare: score the base without the adapter too.
+
+    Raises:
+        ArtefactError: not an adapter folder, or one without a run in its manifest.
+        RecipeError, DataError: nothing is held out, or the rows cannot be used.
+    """
+    run = RunFolder(folder)
+    adapter = run.adapter if run.adapter.is_dir() else folder
+    manifest = artefact.read(adapter).manifest
+    loaded = _recipe(folder, run, manifest, data)
+    job = preflight(loaded, trained=Trained(manifest.run.get("labels"), manifest.run.get("class_weights")))
+    examples, what = _examples(job, data)
+    model = job.load_base()
+    stack = load(model, adapter)
+    settings = loaded.recipe.train
+    autocast = torch.autocast(job.hardware.kind, enabled=False)
+    evaluator = Evaluator(
+        task=loaded.task,
+        reader=job.reader,
+        pad=job.pad,
+        micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
+        window=settings.effective_batch,
+        autocast=autocast,
+        refer=referring(job, stack, autocast),
+    )
+    base: dict[str, float] = {}
+    if compare and all(named.adapter.capabilities.base_frozen for named in stack.named):
+        with stack.base_only():
+            base = evaluator(stack.model, examples).scores
+    found = evaluator(stack.model, examples, details=True)
+    shown = [name for name in dict.fromkeys(("loss", *loaded.task.measures())) if name in found.scores]
+    return Evaluated(what, len(examples), base, found.scores, found.details, shown)
+
+
+def _examples(job: Job, data: str | None) -> tuple[Any, str]:
+    """All rows that were given, or those that are held out."""
+    sides: list[tuple[Any, str]] = [(job.dataset.test, "test rows"), (job.dataset.evaluation, "held-out rows")]
+    if data is not None:
+        return job.dataset.train, data
+    for examples, what in sides:
+        if len(examples):
+            return examples, what
+    raise RecipeError("the run held no rows out: name some with --data")
+
+
+def _recipe(folder: Path, run: RunFolder, manifest: Manifest, data: str | None) -> Loaded:
+    """The recipe of the run, over other rows where they are given."""
+    content = (
+        yaml.safe_load(run.recipe.read_text("utf-8")) if run.recipe.is_file() else _from_manifest(folder, manifest)
+    )
+    (settings,) = content["task"].values()
+    if data is not None:
+        settings |= {"data": data, "evaluation": "none", "test": "none", "limit": None}
+    content["adapter"] = None  # what the run continued from is part of its result
+    return parse_recipe(yaml.safe_dump(content), name=str(folder), folder=Path.cwd())
+
+
+def _from_manifest(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """A recipe from what an adapter folder says of its run."""
+    facts: Mapping[str, Any] = manifest.run
+    if manifest.base.source is None or not {"task", "train"} <= facts.keys():
+        raise ArtefactError(f"{folder} does not say what it was trained on: it was not written by a run")
+    train = {**facts["train"], "precision": manifest.base.precision}
+    return {
+        "base": manifest.base.source,
+        "revision": manifest.base.revision,
+        "adapters": artefact.specs(manifest),
+        "task": {name: dict(settings) for name, settings in facts["task"].items()},
+        "train": train,
+    }

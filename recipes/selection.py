@@ -1,0 +1,71 @@
+"""Which evaluation was the best, and whether to go on waiting for a better one."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from onegpu.adapters import RecipeError
+from onegpu.adapters.errors import nearest
+
+from .schema import Best
+from .tasks import Direction
+
+__all__ = ["Selection", "choose"]
+
+
+@dataclass
+class Selection:
+    """Follows one score through the evaluations of a run."""
+
+    metric: str = ""
+    direction: Direction = "lower"
+    patience: float = math.inf  # evaluations
+    min_delta: float = 0.0
+    step: int | None = None  # of the best evaluation
+    scores: dict[str, float] = field(default_factory=dict)  # all of that evaluation
+    waited: int = 0  # evaluations since then
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is time to stop."""
+        return self.waited >= self.patience
+
+    def look(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Take note of an evaluation; returns whether it is the best so far. Without a metric none is."""
+        if not self.metric:
+            return False
+        gain = scores[self.metric] - self.scores.get(self.metric, math.nan)
+        better = self.step is None or (gain if self.direction == "higher" else -gain) > self.min_delta
+        if better:
+            self.step, self.scores, self.waited = step, dict(scores), 0
+        else:
+            self.waited += 1
+        return better
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {key: value for key, value in asdict(self).items() if key in ("step", "scores", "waited")}
+
+    def resumed(self, state: Mapping[str, Any]) -> "Selection":
+        """Going on from a checkpoint's `state`."""
+        return replace(self, **state)
+
+
+def choose(best: Best | None, measures: Mapping[str, Direction]) -> Selection:
+    """A selection as the recipe wants it.
+
+    Args:
+        measures: the scores of the task, most important first.
+
+    Raises:
+        RecipeError: the task has no such score.
+    """
+    if best is None:
+        return Selection()
+    known = {"loss": "lower", **measures}
+    metric = best.metric or next(iter(measures))
+    if metric not in known:
+        raise RecipeError(f"metric: the task has no score {metric!r}{nearest(metric, known)}")
+    direction: Direction = "higher" if known[metric] == "higher" else "lower"
+    return Selection(metric, direction, best.patience or math.inf, best.min_delta)

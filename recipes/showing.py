@@ -1,0 +1,86 @@
+"""`onegpu data`: what a recipe's rows become, with what is learned of them marked."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from onegpu.adapters import TASKS
+from onegpu.adapters.isolation import answerable
+from onegpu.adapters.registry import entry_of
+
+from .jobs import Job
+from .tasks import Example
+
+__all__ = ["data_report", "lengths_line", "marked_text", "report_lines", "rows_line", "unusable_lines"]
+
+LISTED = 5  # places of unusable rows
+LISTED_CLASSES = 30
+
+
+def data_report(job: Job, shown: int) -> dict[str, Any]:
+    """Everything that is known about the data of a job, as JSON; see the keys.
+
+    Args:
+        shown: how many examples are decoded.
+    """
+    dataset, gathered = job.dataset, job.gathered
+    report: dict[str, Any] = {"data": gathered.rows.written, **dataset.report()}
+    if job.reader.labels is not None:
+        report["labels"] = _label_counts(job)
+    report["examples"] = [_explained(job, dataset.train[n]) for n in range(min(shown, len(dataset.train)))]
+    return report
+
+
+def _label_counts(job: Job) -> dict[str, int]:
+    """How often each class is learned, most frequent first."""
+    labels = job.reader.labels or ()
+    counts = Counter(labels[label] for example in job.dataset.train for label in job.loaded.task.classes_of(example))
+    return dict(counts.most_common(LISTED_CLASSES))
+
+
+def _explained(job: Job, example: Example) -> dict[str, Any]:
+    task = job.loaded.task
+    with answerable(job.loaded.task_name, entry_of(TASKS, type(task)), "explain"):
+        pieces = task.explain(example, job.reader)
+    return {"place": job.gathered.rows.place(example.row), "tokens": example.size, "pieces": pieces}
+
+
+def marked_text(pieces: Sequence[tuple[str, str | None]]) -> str:
+    """Pieces of an example as one text: `[[learned]]`, with what it is learned as where that is not the text itself."""
+    return "".join(
+        text if mark is None else f"[[{text}]]" if not mark else f"[[{text}|{mark}]]" for text, mark in pieces
+    )
+
+
+def report_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report as (label, text) for people."""
+    lines = [("data", report["data"]), ("rows", rows_line(report))]
+    lines.append(("lengths", lengths_line(report)))
+    if "labels" in report:
+        lines.append(("classes", ", ".join(f"{name} {count:,}" for name, count in report["labels"].items())))
+    lines += [("duplicates", f"{what}: {count:,}") for what, count in report["duplicates"].items() if count]
+    lines += [("unusable", text) for text in unusable_lines(report)]
+    for example in report["examples"]:
+        lines += [("", ""), (example["place"], f"{example['tokens']} tokens"), ("", marked_text(example["pieces"]))]
+    return lines
+
+
+def rows_line(report: dict[str, Any]) -> str:
+    """How many examples are for what."""
+    sides = ("train", "evaluation", "test")
+    return ", ".join(f"{report[f'{side}_examples']:,} for {side}" for side in sides if report[f"{side}_examples"])
+
+
+def lengths_line(report: dict[str, Any]) -> str:
+    """How long the examples are, and how many are cut."""
+    middle, most, longest = (report[f"length_{name}"] for name in ("p50", "p95", "max"))
+    text = f"{middle:,} tokens in the middle, 95 % up to {most:,}, longest {longest:,}"
+    return text + (f"; {report['cut_share']:.1%} are cut to {report['limit']:,}" if report["cut_share"] else "")
+
+
+def unusable_lines(report: dict[str, Any]) -> list[str]:
+    """Why rows cannot be used, and the first places of each reason."""
+    return [
+        f"{len(places):,} rows: {reason} ({', '.join(places[:LISTED])}{', ...' if len(places) > LISTED else ''})"
+        for reason, places in report["dropped"].items()
+    ]

@@ -1,0 +1,143 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from onegpu.adapters import Interrupted, RecipeError, artefact
+from onegpu.recipes import Loaded, Outcome, training
+from onegpu.recipes.schema import Best
+from onegpu.recipes.selection import Selection, choose
+
+Run = Callable[..., Outcome]
+Evaluations = Callable[[Path], list[dict[str, Any]]]
+STACKS: dict[str, list[Any]] = {
+    "lora": [{"lora": {"rank": 4}}],
+    "prefix": [{"prefix": {"length": 2, "init": "normal"}}],
+    "full": ["full"],
+    "lisa": [{"lisa": {"active": 1, "interval": 1}}],
+    "vera": [{"vera": {"r": 4, "targets": ["q_proj", "v_proj"]}}],
+    "nf4 and two": ["nf4", {"lora": {"rank": 4}}, {"prefix": {"length": 2, "init": "normal"}}],
+}
+CONSTANT = {"schedule": "constant", "evaluate_every": 1}
+
+
+def _looked(selection: Selection, *values: float) -> list[bool]:
+    return [selection.look(step, {"f1": value}) for step, value in enumerate(values, 1)]
+
+
+def test_the_best_score_is_kept_and_ties_keep_the_first() -> None:
+    selection = choose(Best(), {"f1": "higher"})
+    assert _looked(selection, 0.2, 0.5, 0.5, 0.4) == [True, True, False, False]
+    assert (selection.step, selection.scores, selection.waited) == (2, {"f1": 0.5}, 2)
+    assert not selection.exhausted
+
+
+def test_a_loss_is_better_when_it_is_lower() -> None:
+    selection = choose(Best(metric="loss"), {"f1": "higher"})
+    assert [selection.look(step, {"loss": loss}) for step, loss in enumerate((3.0, 2.0, 2.5))] == [True, True, False]
+
+
+def test_a_gain_below_min_delta_does_not_count() -> None:
+    selection = choose(Best(min_delta=0.1), {"f1": "higher"})
+    assert _looked(selection, 0.5, 0.55, 0.61) == [True, False, True]
+
+
+def test_patience_is_counted_from_the_last_better_score() -> None:
+    selection = choose(Best(patience=2), {"f1": "higher"})
+    exhausted = []
+    for step, value in enumerate((0.1, 0.0, 0.2, 0.1, 0.1)):
+        selection.look(step, {"f1": value})
+        exhausted.append(selection.exhausted)
+    assert exhausted == [False, False, False, False, True]
+
+
+def test_it_goes_on_from_what_a_checkpoint_kept() -> None:
+    first = choose(Best(patience=2), {"f1": "higher"})
+    _looked(first, 0.5, 0.4)
+    again = choose(Best(patience=2), {"f1": "higher"}).resumed(first.state())
+    assert not again.look(3, {"f1": 0.45})
+    assert again.exhausted
+
+
+def test_an_unknown_score_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="no score 'macro_f'; did you mean 'macro_f1'"):
+        choose(Best(metric="macro_f"), {"accuracy": "higher", "macro_f1": "higher"})
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
+def test_what_is_saved_is_the_adapter_of_the_best_evaluation(
+    stack: list[Any],
+    chat_recipe: Callable[..., Loaded],
+    run: Run,
+    evaluations: Evaluations,
+    saved_tensors: Callable[[Path], dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    # So fast that it overshoots: the best is not the last.
+    settings = CONSTANT | {"learning_rate": 0.3, "steps": 5}
+    kept = run(chat_recipe(stack, task={"evaluation": 0.3}, train=settings | {"best": {"metric": "loss"}}), "kept")
+    losses = {line["step"]: line["evaluation"]["loss"] for line in evaluations(tmp_path / "kept") if line["step"]}
+    best = min(losses, key=losses.__getitem__)
+    facts = artefact.read(kept.adapter).manifest.run
+    assert (facts["steps"], facts["scores"]["loss"], kept.after["loss"]) == (best, losses[best], losses[best])
+    straight = run(chat_recipe(stack, task={"evaluation": 0.3}, train=settings | {"steps": best}), "straight")
+    wanted, found = saved_tensors(straight.adapter), saved_tensors(kept.adapter)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_a_run_ends_when_nothing_gets_better(
+    chat_recipe: Callable[..., Loaded], run: Run, evaluations: Evaluations, tmp_path: Path
+) -> None:
+    settings = CONSTANT | {"learning_rate": 0.3, "steps": 30, "best": {"metric": "loss", "patience": 2}}
+    run(chat_recipe(task={"evaluation": 0.3}, train=settings))
+    losses = [line["evaluation"]["loss"] for line in evaluations(tmp_path / "out")][1:]
+    assert len(losses) < 30
+    assert min(losses) == losses[-3]
+
+
+def test_a_resumed_run_keeps_the_same_best(
+    chat_recipe: Callable[..., Loaded],
+    run: Run,
+    saved_tensors: Callable[[Path], dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = CONSTANT | {"learning_rate": 0.3, "steps": 6, "checkpoint_every": 2, "best": {"metric": "loss"}}
+    loaded = chat_recipe(task={"evaluation": 0.3}, train=settings)
+    straight = run(loaded, "straight")
+    real, calls = training._evaluate, 0
+
+    def killed(session: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # after step 4, before its checkpoint
+            raise Interrupted("killed")
+        real(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_evaluate", killed)
+        with pytest.raises(Interrupted):
+            run(loaded, "resumed")
+    resumed = run(loaded, "resumed", resume=True)
+    wanted, found = saved_tensors(straight.adapter), saved_tensors(resumed.adapter)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert resumed.after == straight.after
+
+
+def test_best_without_rows_held_out_is_refused(chat_recipe: Callable[..., Loaded], run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing is held out to choose by"):
+        run(chat_recipe(task={"evaluation": "none"}, train={"best": {}, "evaluate_every": 1}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_test_rows_are_scored_once_with_what_was_kept(
+    class_recipe: Callable[..., Loaded], run: Run, tmp_path: Path
+) -> None:
+    outcome = run(class_recipe(task={"evaluation": 0.3, "test": 0.3}, train=CONSTANT | {"best": {}, "steps": 3}))
+    assert 0 <= outcome.test["accuracy"] <= 1
+    facts = artefact.read(outcome.adapter).manifest.run
+    assert facts["test"] == outcome.test
+    assert facts["data"]["test_rows"] == 3

@@ -1,0 +1,80 @@
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onegpu.recipes import Loaded, preflight
+from onegpu.recipes.showing import data_report, marked_text, report_lines
+
+Row = dict[str, Any]
+Jsonl = Callable[..., Path]
+
+
+def _text(loaded: Loaded, shown: int = 3) -> str:
+    return "\n".join(f"{label}: {text}" for label, text in report_lines(data_report(preflight(loaded), shown)))
+
+
+def test_what_is_learned_stands_in_brackets(chat_recipe: Callable[..., Loaded]) -> None:
+    report = data_report(preflight(chat_recipe()), 1)
+    (example,) = report["examples"]
+    assert example["place"] == "rows.jsonl:1"
+    marked = marked_text(example["pieces"])
+    assert "assistant\n[[Hello.<|im_end|>]]" in marked
+    assert "[[Me.<|im_end|>]]" in marked
+    assert "[[Hi" not in marked
+
+
+def test_a_mark_may_name_what_is_learned() -> None:
+    assert marked_text([("Ann", "B-PER"), (" came", None), ("!", "")]) == "[[Ann|B-PER]] came[[!]]"
+
+
+def test_classes_are_counted_over_the_training_rows(class_recipe: Callable[..., Loaded]) -> None:
+    report = data_report(preflight(class_recipe(task={"evaluation": 0.3})), 0)
+    assert report["labels"] == {"weather": 3, "sports": 2, "money": 2}
+    assert (report["train_examples"], report["evaluation_examples"]) == (7, 3)
+
+
+def test_lengths_before_cutting_and_the_share_that_is_cut(class_recipe: Callable[..., Loaded]) -> None:
+    # Ten texts of two to six words, with two special tokens each.
+    text = _text(class_recipe(task={"max_length": 6, "too_long": "cut-right"}))
+    assert "lengths: 6 tokens in the middle, 95 % up to 8, longest 8; 40.0% are cut to 6" in text
+
+
+def test_rows_that_cannot_be_used_are_listed_with_their_lines(
+    chat_recipe: Callable[..., Loaded], rows: Sequence[Row], tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    good = [json.dumps(row) for row in rows] * 4
+    path.write_text("\n".join([*good, "{broken", '{"messages": []}']) + "\n", "utf-8")
+    text = _text(chat_recipe(task={"data": str(path)}))
+    assert "odd.jsonl:41" in text
+    assert "odd.jsonl:42" in text
+    assert "duplicates: within train: 30" in text
+
+
+def test_the_command_fits_a_terminal_and_prints_json(
+    chat_recipe: Callable[..., Loaded], onegpu: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(chat_recipe().as_yaml(), "utf-8")
+    code, out, err = onegpu("data", str(recipe), "--rows", "2")
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = onegpu("data", str(recipe), "--rows", "2", "--json")
+    assert len(json.loads(out)["examples"]) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03])
+def test_more_than_is_tolerated_is_refused(
+    share: float, chat_recipe: Callable[..., Loaded], rows: Sequence[Row], onegpu: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join([*(json.dumps(row) for row in rows), "{broken"] * 2) + "\n", "utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(chat_recipe(task={"data": str(path), "tolerate": share}).as_yaml(), "utf-8")
+    code, _, err = onegpu("data", str(recipe))
+    assert code == 2
+    assert "2 of 22 rows cannot be used" in err
+    assert "odd.jsonl:11, odd.jsonl:22" in err
