@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .contract import LoadOptions
-from .device import Hardware, Precision, compute_dtype, detect
+from .device import Hardware, Precision, attention, compute_dtype, detect
 from .errors import RecipeError
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
@@ -64,12 +64,13 @@ def load_base(
         RecipeError: the source is wrong, or the checkpoint lacks tensors of the backbone.
         DeviceError: the device cannot do what was asked for.
     """
+    hardware = hardware or detect()
     found = source if isinstance(source, Source) else locate(source, revision=revision)
     place = found.materialise()
     options = load_options(
         place, build(adapters), kind=kind, precision=precision, hardware=hardware, revision=found.revision
     )
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"attn_implementation": attention(options.autocast or options.dtype, hardware)}
     if labels is not None:
         extra |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if options.quantization_config is not None:
@@ -174,6 +175,7 @@ class Footprint:
     packed: int  # the packed linears, scales included
     packed_as_bf16: int  # what the same linears would take in bf16
     other: int  # everything that is not packed
+    parameters: int  # how many there are, packed ones included
 
     @property
     def total(self) -> int:
@@ -186,8 +188,11 @@ def footprint(model: nn.Module) -> Footprint:
     packed = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     tensors = {t.data_ptr(): t.nbytes for m in packed for t in m.packed.buffers()}
     everything = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    unpacked = {t.data_ptr(): t.numel() for t in model.parameters()}
+    elements = sum(m.in_features * m.out_features for m in packed)
     return Footprint(
         packed=sum(tensors.values()),
-        packed_as_bf16=sum(2 * m.in_features * m.out_features for m in packed),
+        packed_as_bf16=2 * elements,
         other=sum(size for pointer, size in everything.items() if pointer not in tensors),
+        parameters=elements + sum(count for pointer, count in unpacked.items() if pointer not in tensors),
     )

@@ -12,7 +12,7 @@ import torch
 
 from .errors import DeviceError
 
-__all__ = ["Hardware", "Precision", "compute_dtype", "detect", "grad_scaler", "peak_memory"]
+__all__ = ["Hardware", "Precision", "attention", "compute_dtype", "detect", "grad_scaler", "peak_memory"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +60,14 @@ def compute_dtype(precision: Precision, hardware: Hardware) -> torch.dtype:
             f"{hardware.name} (capability {hardware.capability}) only emulates bf16: use precision fp16, fp32 or auto"
         )
     return DTYPES[precision]
+
+
+def attention(dtype: torch.dtype, hardware: Hardware) -> str | None:
+    """Which of transformers' implementations of attention is the fast one here; None for a model's own choice.
+
+    The backward pass of torch's fused attention in bf16 is several times slower on a CPU than plain matrix products.
+    """
+    return "eager" if hardware.kind == "cpu" and dtype == torch.bfloat16 else None
 
 
 def grad_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

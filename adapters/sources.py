@@ -31,7 +31,7 @@ class Source:
         A GGUF file is dequantised once, into the cache; two encoders are composed there.
         """
         if self.parts is not None:
-            from .composed import composed  # imports models only when two are to be joined
+            from .encoder_decoder import composed  # imports models only when two are to be joined
 
             return str(composed(*self.parts))
         if self.place is None:

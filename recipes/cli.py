@@ -88,7 +88,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> N
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     for label, text in report_lines(report):
-        _print_wrapped(text, first=f"{label:<{LABELS}}", hanging=" " * LABELS)
+        _print_wrapped(text, first=f"{label:<{LABELS - 1}} ", hanging=" " * LABELS)
 
 
 @app.command()

@@ -121,7 +121,7 @@ def _session(
     """Attach, build the optimiser, and restore a checkpoint where there is one."""
     settings = job.loaded.recipe.train
     set_seed(settings.seed)
-    base = fingerprint(model)
+    base, parameters = fingerprint(model), footprint(model).parameters
     stack = attach(
         model, job.loaded.stack, seed=settings.seed, tokenizer=job.reader.tokenizer, samples=_samples(job, model.device)
     )
@@ -153,13 +153,15 @@ def _session(
         display=display,
         save_adapter=lambda place: save(place),
     )
-    facts = _facts(job, [group.row(settings.learning_rate) for group in groups])
+    facts = _facts(job, [group.row(settings.learning_rate) for group in groups]) | {"parameters": parameters}
 
     def save(place: Path) -> None:
         scores = {"scores": session.selection.scores or (session.scores or [{}])[-1], "test": session.test}
         run_facts = facts | {"steps": session.selection.step or session.step, **scores}
         artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
+    trained = sum(group.elements for group in groups)
+    display.line("trains", f"{trained:,} of {parameters:,} parameters ({trained / parameters:.2%})")
     _describe_groups(groups, settings.learning_rate, display)
     _restore(session, facts["data"], resume=resume)
     return session, save

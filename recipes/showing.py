@@ -80,7 +80,12 @@ def lengths_line(report: dict[str, Any]) -> str:
 
 def unusable_lines(report: dict[str, Any]) -> list[str]:
     """Why rows cannot be used, and the first places of each reason."""
-    return [
-        f"{len(places):,} rows: {reason} ({', '.join(places[:LISTED])}{', ...' if len(places) > LISTED else ''})"
-        for reason, places in report["dropped"].items()
-    ]
+    return [f"{_rows(len(places))}: {reason} ({_first(places)})" for reason, places in report["dropped"].items()]
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count != 1 else ''}"
+
+
+def _first(places: Sequence[str]) -> str:
+    return ", ".join([*places[:LISTED], *(["..."] if len(places) > LISTED else [])])

@@ -18,7 +18,7 @@ from onegpu.adapters.manifest import Manifest
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 
-from .evaluation import Refer, evaluating, reference
+from .evaluation import Refer, reference
 from .loading import Loaded
 from .runfolder import RunFolder
 from .tasks import Batch, Labels, Reader
@@ -57,7 +57,7 @@ class Teacher:
     def load(self, *, pad: int, hardware: Hardware) -> nn.Module:
         """The model: frozen, in evaluation mode, on the device of the run."""
         specs, precision = artefact.specs(self.manifest), self.manifest.base.precision
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # an adapter may draw its start, and the student's dropout must not depend on it
             model = load_base(
                 self.source, specs, kind=self.kind, labels=self.labels, precision=precision, hardware=hardware
             )
@@ -135,7 +135,7 @@ def referring(job: "Job", stack: Stack, autocast: torch.autocast) -> Refer:
     model = teacher.load(pad=job.pad, hardware=job.hardware)
 
     def refer(batch: Batch) -> Batch:
-        with evaluating(model), torch.autocast(job.hardware.kind, enabled=False):  # in its own precision
+        with torch.no_grad(), torch.autocast(job.hardware.kind, enabled=False):  # in its own precision
             return task.refer(model, batch)
 
     return refer

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from onegpu.adapters import Adapter, Attachment, Capabilities, Context, attach, load, registry, save
-from onegpu.recipes import Train
+from onegpu.recipes import Train, packaged_recipes
+from onegpu.recipes.data.samples import SAMPLES
+from onegpu.recipes.tasks import Task, get_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,16 +115,54 @@ def test_the_code_in_the_python_page_runs(
 
 
 def test_the_settings_page_names_every_setting_of_train_and_its_default() -> None:
-    section = (ROOT / "docs" / "recipes.md").read_text("utf-8").partition("## train")[2]
-    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
-    shown = {name: row[2].strip() for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    shown = _settings_shown("docs/recipes.md", "## train")
     assert shown.keys() == Train.model_fields.keys()
     for name, field in Train.model_fields.items():
         if name not in ("steps", "epochs"):  # their default is a sentence
             assert shown[name] == _as_yaml(field.default), name
 
 
+def test_the_settings_page_names_every_setting_that_tasks_share_and_its_default() -> None:
+    shown = _settings_shown("docs/recipes.md", "Settings that all tasks share:")
+    assert shown.keys() == Task.model_fields.keys()
+    needed = {name for name, field in Task.model_fields.items() if field.is_required()}
+    assert shown == {n: "" if n in needed else _as_yaml(field.default) for n, field in Task.model_fields.items()}
+
+
+def test_the_page_of_tasks_describes_each_with_all_its_settings_and_scores() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text("utf-8")
+    common = page.partition("\n## ")[0]
+    ours = [entry.name for entry in registry.entries(registry.TASKS) if entry.distribution == registry.OURS]
+    assert len(ours) >= 10
+    for name in ours:
+        task, section = get_task(name), page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert section, f"docs/tasks.md has no section on {name}"
+        own = task.model_fields.keys() - Task.model_fields.keys()
+        assert [setting for setting in own if f"`{setting}" not in section + common] == [], name
+        (row,) = [line for line in common.splitlines() if line.startswith(f"| `{name}` | ") and "loss" not in line[:20]]
+        if name != "distillation":
+            scores = task.model_validate({"data": "rows.csv"}).measures().keys() - {"loss"}
+            assert [score for score in scores if f"`{score}`" not in row and "as `chat`" not in row] == [], name
+
+
+def test_the_settings_page_names_every_sample_and_recipe() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    ours = [packaged.name for packaged in packaged_recipes() if packaged.origin == registry.OURS]
+    assert ours
+    assert [name for name in (*ours, *SAMPLES) if f"`{name}`" not in page] == []
+
+
+def _settings_shown(document: str, before: str) -> dict[str, str]:
+    """Name and default of each setting in the first table after some text."""
+    text = (ROOT / document).read_text("utf-8").partition(before)[2]
+    table = text.partition("| --- ")[2].partition("\n\n")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    return {name: row[2].strip() for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+
+
 def _as_yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     return {2e-4: "2e-4", 0.0: "0"}.get(value, str(value)) if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from unicodedata import category, normalize
 
 from .pairs import References, reference_lists
-from .words import split_unspaced
+from .scripts import split_unspaced
 
 __all__ = ["answer_scores", "exact_match", "token_f1"]
 

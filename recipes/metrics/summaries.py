@@ -7,7 +7,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from onegpu.adapters import DataError
 
 from .pairs import References, reference_lists
-from .words import words
+from .scripts import words
 
 __all__ = ["summary_scores"]
 

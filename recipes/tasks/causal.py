@@ -74,8 +74,8 @@ def pieces(
         DataError: it is too long, and the policy is `error`.
         RowProblem: it is too long, and the policy is `drop`; or nothing is supervised, perhaps only after cutting.
     """
-    refuse_too_long(len(ids), reader.limit, policy, number, choices)
-    found = fit(ids, labels, reader.limit, policy, number, begin=reader.tokenizer.bos_token_id)
+    refuse_too_long(len(ids), reader.limit, policy, choices)
+    found = fit(ids, labels, reader.limit, policy, begin=reader.tokenizer.bos_token_id)
     # A first token has no prediction, so a label there would be counted and never be trained.
     shifted = [(kept, [IGNORED, *own[1:]], cut) for kept, own, cut in found]
     useful = [piece for piece in shifted if any(label != IGNORED for label in piece[1])]

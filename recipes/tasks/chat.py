@@ -60,7 +60,7 @@ class Chat(CausalTask):
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         talk = read_conversation(row)
-        check_template(reader.tokenizer, talk, f"row {number}")
+        check_template(reader.tokenizer, talk)
         ids = talk.ids(reader.tokenizer)
         spans = self._spans(number, talk, ids, reader)
         labels = list(ids) if self.supervise == "all" else [IGNORED] * len(ids)
@@ -79,11 +79,10 @@ class Chat(CausalTask):
             if not reader.stops.intersection(ids):
                 stops = reader.tokenizer.decode(sorted(reader.stops))
                 raise DataError(
-                    f"row {number}: the chat template writes no stop token ({stops!r}), so the model would not learn "
-                    "to stop"
+                    f"the chat template writes no stop token ({stops!r}), so the model would not learn to stop"
                 )
             return []
-        return assistant_spans(reader, talk, ids, number, last_only=self.supervise != "assistant")
+        return assistant_spans(reader, talk, ids, last_only=self.supervise != "assistant")
 
     def demonstrate(self, model: nn.Module, reader: Reader, row: Row) -> tuple[str, str] | None:
         talk = read_conversation(row)

@@ -183,7 +183,7 @@ class Classification(PredictiveTask):
         ids, types, cut = encoded["input_ids"], encoded.get("token_type_ids", []), 0
         if len(ids) <= reader.tokenizer.num_special_tokens_to_add(pair=len(texts) > 1):
             raise RowProblem("a text of which the tokenizer makes nothing")
-        refuse_too_long(len(ids), reader.limit, self.too_long, number, ("error", "drop", "cut-left", "cut-right"))
+        refuse_too_long(len(ids), reader.limit, self.too_long, ("error", "drop", "cut-left", "cut-right"))
         if len(ids) > reader.limit:
             kept = _kept(encoded, reader.limit, left=self.too_long == "cut-left")
             cut = len(ids) - len(kept)
@@ -251,6 +251,17 @@ class Classification(PredictiveTask):
         return list(zip(true, predicted, strict=True))
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def classes_of(self, example: Example) -> Sequence[int]:
+        """The class, or each of several."""
+        several = self.predict == "classes"
+        return [number for number, chosen in enumerate(example.labels) if chosen] if several else example.labels
+
+    def explain(self, example: Example, reader: Reader) -> list[tuple[str, str | None]]:
+        if self.predict != "number":
+            return super().explain(example, reader)
+        assert isinstance(example, ClassificationExample)
+        return [(reader.tokenizer.decode(example.ids), f"{example.number:g}")]
 
     def scores(self, outcomes: Sequence[Any], answers: Sequence[Any], reader: Reader) -> dict[str, float]:
         true, predicted = [one for one, _ in outcomes], [other for _, other in outcomes]

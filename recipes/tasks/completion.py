@@ -65,7 +65,7 @@ class Completion(CausalTask):
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         talk = Conversation(turns)
         rendered = talk.ids(tokenizer)
-        ((start, stop),) = assistant_spans(reader, talk, rendered, number, last_only=True)
+        ((start, stop),) = assistant_spans(reader, talk, rendered, last_only=True)
         assert start == len(prompt)
         return rendered[start:stop]
 

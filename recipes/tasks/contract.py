@@ -266,9 +266,14 @@ class Task(BaseModel, ABC):
         return [label for label in example.labels if label != IGNORED]
 
     def explain(self, example: Example, reader: Reader) -> list[tuple[str, str | None]]:
-        """An example as text for people: pieces, each with what is learned of it; None for context only."""
-        marks = example.labels if len(example.labels) == len(example.ids) else [IGNORED] * len(example.ids)
-        runs = itertools.groupby(zip(example.ids, marks, strict=True), key=lambda pair: pair[1] != IGNORED)
+        """An example as text for people: pieces, each with what is learned of it; None for context only.
+
+        What is learned is the text itself where nothing else is said of it, as "".
+        """
+        if len(example.labels) != len(example.ids):
+            classes = [(reader.labels or ())[label] for label in self.classes_of(example)]
+            return [(reader.tokenizer.decode(example.ids), ", ".join(classes) or None)]
+        runs = itertools.groupby(zip(example.ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
         return [(reader.tokenizer.decode([i for i, _ in run]), "" if learned else None) for learned, run in runs]
 
     def probe(self, example: Example, tokens: int) -> dict[str, list[int]]:

@@ -135,19 +135,19 @@ def render(
     return ids
 
 
-def check_template(tokenizer: Any, talk: Conversation, place: str) -> None:
+def check_template(tokenizer: Any, talk: Conversation) -> None:
     """Check that the template writes what the conversation has of tools.
 
     Raises:
         DataError: it leaves them out, so that the model would never see them.
     """
     if talk.tools and talk.ids(tokenizer) == render(tokenizer, talk.messages):
-        raise DataError(f"{place}: the chat template ignores `tools`: use a base that knows tools, or drop the column")
+        raise DataError("the chat template ignores `tools`: use a base that knows tools, or drop the column")
     calling = [message for message in talk.messages if "tool_calls" in message]
     if calling:
         bare = [{key: v for key, v in message.items() if key != "tool_calls"} for message in talk.messages]
         if talk.ids(tokenizer) == render(tokenizer, bare, tools=talk.tools):
-            raise DataError(f"{place}: the chat template ignores `tool_calls`: use a base that knows tools")
+            raise DataError("the chat template ignores `tool_calls`: use a base that knows tools")
 
 
 # --- the assistant's turns --------------------------------------------------------------------------------------------
@@ -167,14 +167,11 @@ def assistant_turns(talk: Conversation) -> list[int]:
     return turns
 
 
-def assistant_spans(
-    reader: Reader, talk: Conversation, ids: Sequence[int], number: int, *, last_only: bool
-) -> list[Span]:
+def assistant_spans(reader: Reader, talk: Conversation, ids: Sequence[int], *, last_only: bool) -> list[Span]:
     """Where the assistant speaks in a rendered conversation, each up to and including the token that ends its turn.
 
     Args:
         ids: the rendered conversation.
-        number: of the row, for messages.
 
     Raises:
         RowProblem: it says nothing, or there is nothing to answer.
@@ -184,7 +181,7 @@ def assistant_spans(
     tokenizer = reader.tokenizer
     spans = []
     for turn in turns[-1:] if last_only else turns:
-        place = f"row {number}, turn {turn}"
+        place = f"turn {turn}"
         before = talk.ids(tokenizer, turn, prompt=True)
         after = talk.ids(tokenizer, turn + 1)
         _check_prefix(before, after, tokenizer, place)

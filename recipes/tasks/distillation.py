@@ -91,7 +91,7 @@ class Distillation(Task):
 
     @property
     def inner(self) -> PredictiveTask:
-        """What the student learns."""
+        """What the student learns. Settings that all tasks share are never read from it, only from outside."""
         return self._inner
 
     # --- the distillation ---------------------------------------------------------------------------------------------

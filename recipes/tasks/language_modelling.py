@@ -103,7 +103,7 @@ class LanguageModelling(PredictiveTask):
         room = reader.limit - extra
         if room < 2:
             raise RecipeError(f"max_length is {reader.limit}, which leaves no room between special tokens: raise it")
-        refuse_too_long(len(text) + extra, reader.limit, self.too_long, number, POLICIES)
+        refuse_too_long(len(text) + extra, reader.limit, self.too_long, POLICIES)
         special = set(tokenizer.all_special_ids)
         labels = [IGNORED if token in special else token for token in text]
         examples = [
@@ -115,7 +115,7 @@ class LanguageModelling(PredictiveTask):
                 tokenizer.mask_token_id,
                 len(tokenizer),
             )
-            for ids, own, cut in fit(text, labels, room, self.too_long, number)
+            for ids, own, cut in fit(text, labels, room, self.too_long)
         ]
         useful = [example for example in examples if example.supervised]
         if not useful:

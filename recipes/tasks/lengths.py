@@ -13,7 +13,7 @@ Piece = tuple[list[int], list[int], int]  # ids, labels (one per id), tokens tha
 OVERLAP = 4  # a window repeats a quarter of the one before it, for context
 
 
-def refuse_too_long(length: int, limit: int, policy: TooLong, number: int, choices: Sequence[TooLong]) -> None:
+def refuse_too_long(length: int, limit: int, policy: TooLong, choices: Sequence[TooLong]) -> None:
     """Raise where the policy is not to use such a row.
 
     Args:
@@ -27,16 +27,13 @@ def refuse_too_long(length: int, limit: int, policy: TooLong, number: int, choic
         return
     if policy == "error":
         others = ", ".join(choice for choice in choices if choice != "error")
-        raise DataError(
-            f"row {number} has {length} tokens and max_length is {limit}: raise max_length, or set `too_long` "
-            f"({others})"
-        )
+        raise DataError(f"{length} tokens, and max_length is {limit}: raise max_length, or set `too_long` ({others})")
     if policy == "drop":
         raise RowProblem(f"too long: above {limit} tokens")
 
 
 def fit(
-    ids: Sequence[int], labels: Sequence[int], limit: int, policy: TooLong, number: int, *, begin: int | None = None
+    ids: Sequence[int], labels: Sequence[int], limit: int, policy: TooLong, *, begin: int | None = None
 ) -> list[Piece]:
     """Cut a sequence that has a label for each token to what the model can take.
 
@@ -46,7 +43,7 @@ def fit(
     Raises:
         DataError, RowProblem: see `refuse_too_long`.
     """
-    refuse_too_long(len(ids), limit, policy, number, ("error", "drop", "cut-left", "cut-right", "window"))
+    refuse_too_long(len(ids), limit, policy, ("error", "drop", "cut-left", "cut-right", "window"))
     cut = max(0, len(ids) - limit)
     if cut and policy == "window":
         return list(_windows(ids, labels, limit))

@@ -134,7 +134,7 @@ def _conversations(
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def continued(prompt: Said, completion: Said, reader: Reader, number: int) -> Continued:
+def continued(prompt: Said, completion: Said, reader: Reader) -> Continued:
     """A prompt and its completion as tokens, up to and including the token that ends it.
 
     Raises:
@@ -145,7 +145,7 @@ def continued(prompt: Said, completion: Said, reader: Reader, number: int) -> Co
         return _texts(prompt, completion, reader)
     if isinstance(prompt, str) or isinstance(completion, str):
         raise RowProblem("the prompt and its completion must be both texts or both lists of messages")
-    return _turns(prompt.messages, completion, reader, number)
+    return _turns(prompt.messages, completion, reader)
 
 
 def _texts(prompt: str, completion: str, reader: Reader) -> Continued:
@@ -165,7 +165,7 @@ def prompt_ids(prompt: str, reader: Reader) -> tuple[list[int], int]:
     return ids if ids[: len(begin)] == begin else [*begin, *ids], lead
 
 
-def _turns(prompt: Sequence[Message], completion: Conversation, reader: Reader, number: int) -> Continued:
+def _turns(prompt: Sequence[Message], completion: Conversation, reader: Reader) -> Continued:
     """Supervised is what each turn of the assistant adds after the prompt, up to the token that ends the turn.
 
     What a template writes after the last of them (a line break) is left out: no model is asked for it.
@@ -175,26 +175,24 @@ def _turns(prompt: Sequence[Message], completion: Conversation, reader: Reader, 
     if not completion.messages or completion.messages[0]["role"] != "assistant":
         raise RowProblem("a completion does not begin with the assistant")
     talk = replace(completion, messages=[*prompt, *completion.messages])
-    check_template(reader.tokenizer, talk, f"row {number}")
+    check_template(reader.tokenizer, talk)
     ids = talk.ids(reader.tokenizer)
     answers = sum(message["role"] == "assistant" for message in completion.messages)
-    spans = assistant_spans(reader, talk, ids, number, last_only=answers == 1)[-answers:]
+    spans = assistant_spans(reader, talk, ids, last_only=answers == 1)[-answers:]
     labels, stop = [IGNORED] * len(ids), spans[-1][1]
     for start, end in spans:
         labels[start:end] = ids[start:end]
     return Continued(ids[:stop], labels[:stop], spans[0][0], int(ids[:1] == [reader.tokenizer.bos_token_id]))
 
 
-def fitted(
-    sequences: Sequence[Continued], reader: Reader, policy: TooLong, number: int
-) -> tuple[Sequence[Continued], int]:
+def fitted(sequences: Sequence[Continued], reader: Reader, policy: TooLong) -> tuple[Sequence[Continued], int]:
     """Sequences with one prompt, none above the limit, and how many tokens of the prompt were cut from its left.
 
     Raises:
         RowProblem, DataError: too long, and not to be cut, or there would be no prompt left.
     """
     longest = max(len(sequence.ids) for sequence in sequences)
-    refuse_too_long(longest, reader.limit, policy, number, POLICIES)
+    refuse_too_long(longest, reader.limit, policy, POLICIES)
     cut = max(0, longest - reader.limit)
     if cut and any(cut >= sequence.start - sequence.lead for sequence in sequences):
         raise RowProblem(f"the completion leaves no room for a prompt in {reader.limit} tokens")

@@ -98,12 +98,12 @@ class Preference(Task):
                 self._single(number, prompt, completion, desirable, reader)
                 for completion, desirable in ((chosen, 1), (rejected, 0))
             ]
-        both = [continued(prompt, completion, reader, number) for completion in (chosen, rejected)]
-        (first, second), cut = fitted(both, reader, self.too_long, number)
+        both = [continued(prompt, completion, reader) for completion in (chosen, rejected)]
+        (first, second), cut = fitted(both, reader, self.too_long)
         return [JudgedExample(number, first.ids, first.labels, cut, second.ids, second.labels)]
 
     def _single(self, number: int, prompt: Said, completion: Said, desirable: int, reader: Reader) -> JudgedExample:
-        (found,), cut = fitted([continued(prompt, completion, reader, number)], reader, self.too_long, number)
+        (found,), cut = fitted([continued(prompt, completion, reader)], reader, self.too_long)
         return JudgedExample(number, found.ids, found.labels, cut, desirable=desirable, longest=reader.limit)
 
     # --- a step -------------------------------------------------------------------------------------------------------

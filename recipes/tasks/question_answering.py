@@ -103,7 +103,7 @@ class QuestionAnswering(Task):
         question, context = read_text(row, "question").strip(), read_text(row, "context")
         answers = list(_answers(row["answers"], context))
         read = _Read.of(reader.tokenizer, question, context)
-        refuse_too_long(len(read.ids), reader.limit, self.too_long, number, ("error", "drop", "window"))
+        refuse_too_long(len(read.ids), reader.limit, self.too_long, ("error", "drop", "window"))
         span = read.span(*answers[0]) if answers else None
         references = [context[start:end] for start, end in answers]
         windows = [

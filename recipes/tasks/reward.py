@@ -59,8 +59,8 @@ class Reward(Task):
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[RewardExample]:
         prompt, chosen, rejected = read_pair(row)
-        both = [_sequence(prompt, completion, reader, number) for completion in (chosen, rejected)]
-        (first, second), cut = fitted(both, reader, self.too_long, number)
+        both = [_sequence(prompt, completion, reader) for completion in (chosen, rejected)]
+        (first, second), cut = fitted(both, reader, self.too_long)
         return [RewardExample(number, first.ids, [0], cut, second.ids, margin=_margin(row))]
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:
@@ -98,11 +98,11 @@ class Reward(Task):
         return [(reader.tokenizer.decode(ids), mark) for ids, mark in both]
 
 
-def _sequence(prompt: Said, completion: Said, reader: Reader, number: int) -> Continued:
+def _sequence(prompt: Said, completion: Said, reader: Reader) -> Continued:
     """Rendered by the chat template, or as plain texts; for an encoder, texts are a pair as its tokenizer writes it."""
     tokenizer = reader.tokenizer
     if tokenizer.cls_token_id is None or not isinstance(prompt, str) or not isinstance(completion, str):
-        return continued(prompt, completion, reader, number)
+        return continued(prompt, completion, reader)
     ids = list(tokenizer(prompt, completion)["input_ids"])
     inner = token_ids(tokenizer, prompt)
     lead = int(ids[:1] == [tokenizer.cls_token_id])

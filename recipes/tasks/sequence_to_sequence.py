@@ -84,7 +84,7 @@ class SequenceToSequence(AnsweringTask):
         before, after = around(reader.tokenizer)
         found = token_ids(reader.tokenizer, text)
         room = reader.limit - len(before) - len(after)
-        refuse_too_long(len(found) - room + reader.limit, reader.limit, self.too_long, number, POLICIES)
+        refuse_too_long(len(found) - room + reader.limit, reader.limit, self.too_long, POLICIES)
         kept = self._kept(found, room)
         return [*before, *kept, *after], len(found) - len(kept)
 
@@ -95,7 +95,7 @@ class SequenceToSequence(AnsweringTask):
         room = limit - len(before) - len(after)
         if len(found) > room and self.too_long == "error":
             raise DataError(
-                f"row {number}: its target has {len(found) - room + limit} tokens, and max_target_length is {limit}: "
+                f"its target has {len(found) - room + limit} tokens, and max_target_length is {limit}: "
                 "raise it, or set `too_long` (drop, cut-left, cut-right)"
             )
         if len(found) > room and self.too_long == "drop":

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from onegpu.adapters import DataError, RecipeError
 
 from ..metrics.entities import as_bio, entity_scores, is_bio
-from ..metrics.words import UNSPACED
+from ..metrics.scripts import UNSPACED
 from .contract import (
     IGNORED,
     Batch,
@@ -125,7 +125,7 @@ class Tagging(PredictiveTask):
         pieces = _pieces(reader.tokenizer, texts)
         framing = len(pieces.before) + len(pieces.after)
         length = framing + sum(map(len, pieces.words.values()))
-        refuse_too_long(length, reader.limit, self.too_long, number, ("error", "drop", "window"))
+        refuse_too_long(length, reader.limit, self.too_long, ("error", "drop", "window"))
         room = reader.limit - framing
         if room < 1:
             raise RecipeError(f"max_length is {reader.limit}, and special tokens leave no room for a word")
@@ -189,6 +189,14 @@ class Tagging(PredictiveTask):
         return Objective(loss, float(len(found.targets)), outcomes)
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def explain(self, example: Example, reader: Reader) -> list[tuple[str, str | None]]:
+        assert isinstance(example, TaggingExample)
+        assert reader.labels is not None
+        starts = {place: tag for place, tag in zip(example.places, example.tags, strict=True) if place != NOWHERE}
+        edges = [0, *sorted(starts), len(example.ids)]
+        cut = [(start, reader.tokenizer.decode(example.ids[start:end])) for start, end in pairwise(edges)]
+        return [(f"{text} ", reader.labels[starts[start]] if start in starts else None) for start, text in cut if text]
 
     def scores(self, outcomes: Sequence[Any], answers: Sequence[Any], reader: Reader) -> dict[str, float]:
         """Of whole entities, over all words of the rows; see `entity_scores`."""

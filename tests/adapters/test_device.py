@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from onegpu.adapters import DeviceError
-from onegpu.adapters.device import Hardware, Precision, compute_dtype, detect, grad_scaler, peak_memory
+from onegpu.adapters.device import Hardware, Precision, attention, compute_dtype, detect, grad_scaler, peak_memory
 
 CPU = Hardware("cpu")
 T4 = Hardware("cuda", (7, 5), "T4")
@@ -77,3 +77,18 @@ def test_detection_reads_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peak_memory_of_a_process_is_in_bytes() -> None:
     # Python with torch takes hundreds of megabytes: a unit that is off by 1024 falls outside.
     assert 100 * 2**20 < peak_memory(torch.device("cpu")) < 100 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "expected"),
+    [
+        (CPU, torch.bfloat16, "eager"),
+        (CPU, torch.float32, None),
+        (A100, torch.bfloat16, None),
+        (T4, torch.float16, None),
+    ],
+)
+def test_attention_is_the_model_s_own_choice_except_for_bf16_on_a_cpu(
+    hardware: Hardware, dtype: torch.dtype, expected: str | None
+) -> None:
+    assert attention(dtype, hardware) == expected

@@ -15,9 +15,7 @@ Run = Callable[..., Outcome]
 Jsonl = Callable[..., Path]
 
 
-def test_a_run_folder_scores_what_the_run_scored(
-    chat_recipe: Callable[..., Loaded], run: Run, tmp_path: Path
-) -> None:
+def test_a_run_folder_scores_what_the_run_scored(chat_recipe: Callable[..., Loaded], run: Run, tmp_path: Path) -> None:
     outcome = run(chat_recipe(["nf4", {"lora": {"rank": 4}}], task={"evaluation": 0.3}))
     found = evaluate_folder(tmp_path / "out")
     assert (found.what, found.rows) == ("held-out rows", 3)

@@ -114,7 +114,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, chat_base: Path, class_base:
             num_layers=2,
             num_heads=4,
             dropout_rate=0.0,
-            decoder_start_token_id=1,
+            decoder_start_token_id=1,  # type: ignore[call-arg]
             pad_token_id=1,
             eos_token_id=1,
         )

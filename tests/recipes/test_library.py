@@ -61,7 +61,9 @@ def test_there_are_recipes_on_disk_and_all_are_listed() -> None:
 def test_every_task_of_ours_has_a_recipe() -> None:
     tasks = {entry.name for entry in entries(TASKS) if entry.distribution == "onegpu"}
     assert tasks
-    assert tasks == {name for packaged in LIBRARY.values() for name in yaml.safe_load(packaged.path.read_text())["task"]}
+    assert tasks == {
+        name for packaged in LIBRARY.values() for name in yaml.safe_load(packaged.path.read_text())["task"]
+    }
 
 
 def test_the_first_line_says_what_it_is_for(packaged: Packaged) -> None:
@@ -109,7 +111,8 @@ def _small(loaded: Loaded) -> list[str]:
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    measured = {"seconds", "peak_memory"}
+    return [{key: value for key, value in json.loads(line).items() if key not in measured} for line in lines]
 
 
 @pytest.mark.slow
@@ -124,7 +127,7 @@ def test_the_real_command_runs_two_steps_and_resumes_to_the_same_bytes(
     command = ("run", packaged.name, *_small(chosen))
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     code, _, err = onegpu(*command, "-o", str(whole))
-    assert (code, err) == (0, err)
+    assert code == 0, err
     records = _records(whole)
     assert [r["step"] for r in records if "loss" in r] == [1, 2]
     evaluations = [r["evaluation"] for r in records if "evaluation" in r]

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from onegpu.recipes import Loaded, preflight
+from onegpu.recipes import Loaded, parse_recipe, preflight
 from onegpu.recipes.showing import data_report, marked_text, report_lines
 
 Row = dict[str, Any]
@@ -78,3 +79,24 @@ def test_more_than_is_tolerated_is_refused(
     assert code == 2
     assert "2 of 22 rows cannot be used" in err
     assert "odd.jsonl:11, odd.jsonl:22" in err
+
+
+def test_what_a_class_or_a_number_or_a_tag_is_learned_from(class_base: Path, jsonl: Jsonl, tmp_path: Path) -> None:
+    def first(task: Row, row: Row, other: Row) -> str:
+        content = {
+            "base": str(class_base),
+            "adapters": ["lora"],
+            "task": {name: {"data": str(jsonl([row, other])), "evaluation": "none"} | s for name, s in task.items()},
+        }
+        loaded = parse_recipe(yaml.safe_dump(content), name="recipe.yaml", folder=tmp_path)
+        report = data_report(preflight(loaded), 1)
+        return marked_text(report["examples"][0]["pieces"])
+
+    text = {"text": "the cat"}
+    classes = {"classification": {"predict": "classes"}}
+    assert first({"classification": {}}, text | {"label": "x"}, text | {"label": "y"}) == "[[[CLS] the cat [SEP]|x]]"
+    assert first(classes, text | {"label": ["x", "y"]}, text | {"label": ["x"]}) == "[[[CLS] the cat [SEP]|x, y]]"
+    numbers = {"classification": {"predict": "number"}}
+    assert first(numbers, text | {"label": 2.5}, text | {"label": 1}) == "[[[CLS] the cat [SEP]|2.5]]"
+    tagged = {"tokens": ["the", "cat"], "tags": ["O", "B-PET"]}
+    assert "[[cat [SEP] |B-PET]]" in first({"tagging": {}}, tagged, tagged | {"tokens": ["a", "dog"]})

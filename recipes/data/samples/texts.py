@@ -25,7 +25,12 @@ def sarcasm(archive: Archive) -> Iterator[Row]:
 
 def topics(archive: Archive) -> list[Row]:
     """News articles, headline first; the class is the folder. Of one article under two headlines, the first."""
-    return first_each(_classified(archive), lambda row: str(row["text"]).partition("\n")[2].strip())
+    return first_each(_classified(archive), lambda row: _article(str(row["text"])))
+
+
+def _article(text: str) -> str:
+    """A text without its headline."""
+    return text.partition("\n")[2].strip() or text
 
 
 def _classified(archive: Archive) -> Iterator[Row]:

@@ -216,7 +216,7 @@ LONG = {"text": "the cat wins the ball in the rain again", "label": "sports"}
 
 
 def test_a_long_text_is_an_error_unless_the_recipe_says_what_to_do(words: Reader) -> None:
-    with pytest.raises(DataError, match=r"row 5 has 11 tokens and max_length is 8.*\(drop, cut-left, cut-right\)"):
+    with pytest.raises(DataError, match=r"11 tokens, and max_length is 8.*\(drop, cut-left, cut-right\)"):
         TASK.encode(5, LONG, words)
 
 

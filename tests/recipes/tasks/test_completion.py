@@ -125,7 +125,7 @@ def test_a_row_without_its_texts_is_a_problem_of_that_row(
 
 
 def test_a_long_row_is_an_error_that_names_the_choices(reader: Reader) -> None:
-    with pytest.raises(DataError, match=r"row 7 has 8 tokens and max_length is 6.*\(drop, cut-left, cut-right\)"):
+    with pytest.raises(DataError, match=r"8 tokens, and max_length is 6.*\(drop, cut-left, cut-right\)"):
         _encode("Hello", "Yo", replace(reader, limit=6))
 
 

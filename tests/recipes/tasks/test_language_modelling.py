@@ -139,7 +139,7 @@ def test_windows_of_a_long_text_learn_each_token_once(beginning: Reader) -> None
 
 def test_a_long_text_can_be_treated_otherwise(reader: Reader) -> None:
     short, row = replace(reader, limit=6), {"text": "abcdefgh"}
-    with pytest.raises(DataError, match="row 7 has 9 tokens and max_length is 6"):
+    with pytest.raises(DataError, match="9 tokens, and max_length is 6"):
         LanguageModelling(data="d", too_long="error").encode(7, row, short)
     with pytest.raises(RowProblem, match="too long: above 6 tokens"):
         LanguageModelling(data="d", too_long="drop").encode(7, row, short)
@@ -177,7 +177,7 @@ def test_windows_of_a_long_text_have_special_tokens_each_and_hide_each_token_in_
 def test_a_limit_counts_the_special_tokens(masking: Reader) -> None:
     task = LanguageModelling(data="d", predict="masked", too_long="error")
     assert len(task.encode(7, {"text": _text(8)[0]}, replace(masking, limit=10))[0].ids) == 10
-    with pytest.raises(DataError, match="row 7 has 11 tokens and max_length is 10"):
+    with pytest.raises(DataError, match="11 tokens, and max_length is 10"):
         task.encode(7, {"text": _text(9)[0]}, replace(masking, limit=10))
     with pytest.raises(RecipeError, match="leaves no room"):
         task.encode(7, {"text": "w1"}, replace(masking, limit=3))

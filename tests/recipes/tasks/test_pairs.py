@@ -118,7 +118,7 @@ def test_a_row_that_is_no_pair_is_a_problem(row: dict[str, Any], reason: str) ->
 
 def test_messages_are_rendered_as_in_chat_and_end_with_the_turn(reader: Reader) -> None:
     prompt = [{"role": "system", "content": "Count."}, *QUESTION]
-    found = continued(_talk(prompt), _talk(GOOD), reader, 7)
+    found = continued(_talk(prompt), _talk(GOOD), reader)
     whole = render(reader.tokenizer, prompt + GOOD)
     assert found.ids == whole[:-1]  # without the line break that the template writes after the end of a turn
     assert found.ids[-1] == END
@@ -127,17 +127,17 @@ def test_messages_are_rendered_as_in_chat_and_end_with_the_turn(reader: Reader) 
 
 
 def test_of_a_longer_completion_only_the_assistant_is_supervised(reader: Reader) -> None:
-    found = continued(_talk(QUESTION), _talk([*BAD, _user("Sure?"), _assistant("No: 4")]), reader, 7)
+    found = continued(_talk(QUESTION), _talk([*BAD, _user("Sure?"), _assistant("No: 4")]), reader)
     assert _supervised(found, reader) == "5<|im_end|>No: 4<|im_end|>"
     assert found.start == len(render(reader.tokenizer, QUESTION, prompt=True))
 
 
 def test_texts_are_tokenised_one_by_one_with_the_end_after_them(reader: Reader) -> None:
-    found = continued("2 + 2 =", " 4", reader, 7)
+    found = continued("2 + 2 =", " 4", reader)
     assert reader.tokenizer.decode(found.ids) == "2 + 2 = 4<|im_end|>"
     assert found.ids[: found.start] == reader.tokenizer("2 + 2 =")["input_ids"]
     assert _supervised(found, reader) == " 4<|im_end|>"
-    assert continued("2 + 2 =", " 4<|im_end|>", reader, 7) == found
+    assert continued("2 + 2 =", " 4<|im_end|>", reader) == found
 
 
 def test_texts_begin_once_where_the_tokenizer_writes_a_beginning(reader_of: MakeReader) -> None:
@@ -146,7 +146,7 @@ def test_texts_begin_once_where_the_tokenizer_writes_a_beginning(reader_of: Make
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", START), ("<|im_end|>", END)]
     )
     for prompt in ("Q", "<|im_start|>Q"):
-        found = continued(prompt, " A", reader, 7)
+        found = continued(prompt, " A", reader)
         assert reader.tokenizer.decode(found.ids) == "<|im_start|>Q A<|im_end|>"
         assert (found.start, found.lead) == (2, 1)
 
@@ -155,7 +155,7 @@ def test_a_tokenizer_without_an_end_is_refused_for_texts(reader_of: MakeReader) 
     reader = reader_of()
     reader.tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end token"):
-        continued("Q", "A", reader, 7)
+        continued("Q", "A", reader)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_completion_that_answers_nothing_is_a_problem(
     reader: Reader, prompt: Any, completion: Any, reason: str
 ) -> None:
     with pytest.raises(RowProblem, match=reason):
-        continued(prompt, completion, reader, 7)
+        continued(prompt, completion, reader)
 
 
 def test_a_template_that_opens_answers_in_another_way_is_refused(reader_of: MakeReader) -> None:
@@ -179,8 +179,8 @@ def test_a_template_that_opens_answers_in_another_way_is_refused(reader_of: Make
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
     )
-    with pytest.raises(DataError, match="row 7, turn 1: the rendered prompt is not a prefix"):
-        continued(_talk(QUESTION), _talk(GOOD), thinking, 7)
+    with pytest.raises(DataError, match="turn 1: the rendered prompt is not a prefix"):
+        continued(_talk(QUESTION), _talk(GOOD), thinking)
 
 
 def test_a_template_that_never_ends_a_turn_is_refused(reader_of: MakeReader) -> None:
@@ -188,8 +188,8 @@ def test_a_template_that_never_ends_a_turn_is_refused(reader_of: MakeReader) -> 
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(DataError, match="row 7, turn 1: the chat template does not end an answer"):
-        continued(_talk(QUESTION), _talk(GOOD), endless, 7)
+    with pytest.raises(DataError, match="turn 1: the chat template does not end an answer"):
+        continued(_talk(QUESTION), _talk(GOOD), endless)
 
 
 def test_tools_are_offered_in_the_prompt(reader_of: MakeReader) -> None:
@@ -200,7 +200,7 @@ def test_tools_are_offered_in_the_prompt(reader_of: MakeReader) -> None:
     )
     row = {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "tools": [{"function": {"name": "add"}}]}
     prompt, chosen, _ = read_pair(row)
-    ids = continued(prompt, chosen, knows, 7).ids
+    ids = continued(prompt, chosen, knows).ids
     assert knows.tokenizer.decode(ids) == "add;user:2 + 2?<|im_end|>assistant:4<|im_end|>"
 
 
@@ -208,17 +208,17 @@ def test_tools_are_offered_in_the_prompt(reader_of: MakeReader) -> None:
 
 
 def _both(reader: Reader) -> list[Continued]:
-    return [continued("A prompt of many words", completion, reader, 7) for completion in (" yes", " certainly not")]
+    return [continued("A prompt of many words", completion, reader) for completion in (" yes", " certainly not")]
 
 
 def test_what_fits_is_left_alone(reader: Reader) -> None:
     both = _both(reader)
-    assert fitted(both, replace(reader, limit=len(both[1].ids)), "error", 7) == (both, 0)
+    assert fitted(both, replace(reader, limit=len(both[1].ids)), "error") == (both, 0)
 
 
 def test_the_same_part_of_the_prompt_is_cut_from_both(reader: Reader) -> None:
     both = _both(reader)
-    cut, lost = fitted(both, replace(reader, limit=len(both[1].ids) - 9), "cut-left", 7)
+    cut, lost = fitted(both, replace(reader, limit=len(both[1].ids) - 9), "cut-left")
     assert lost == 9
     assert [reader.tokenizer.decode(one.ids) for one in cut] == [
         "of many words yes<|im_end|>",
@@ -229,22 +229,22 @@ def test_the_same_part_of_the_prompt_is_cut_from_both(reader: Reader) -> None:
 
 
 def test_a_beginning_stays_when_the_prompt_is_cut(reader: Reader) -> None:
-    found = continued("<|im_start|>A prompt", " yes", reader, 7)
-    (cut,), lost = fitted([found], replace(reader, limit=len(found.ids) - 2), "cut-left", 7)
+    found = continued("<|im_start|>A prompt", " yes", reader)
+    (cut,), lost = fitted([found], replace(reader, limit=len(found.ids) - 2), "cut-left")
     assert (lost, reader.tokenizer.decode(cut.ids)) == (2, "<|im_start|>prompt yes<|im_end|>")
 
 
 def test_too_long_is_an_error_or_drops_the_row(reader: Reader) -> None:
     short = replace(reader, limit=30)
-    with pytest.raises(DataError, match=r"row 7 has 37 tokens and max_length is 30: .* \(drop, cut-left\)"):
-        fitted(_both(reader), short, "error", 7)
+    with pytest.raises(DataError, match=r"37 tokens, and max_length is 30: .* \(drop, cut-left\)"):
+        fitted(_both(reader), short, "error")
     with pytest.raises(RowProblem, match="too long: above 30 tokens"):
-        fitted(_both(reader), short, "drop", 7)
+        fitted(_both(reader), short, "drop")
 
 
 def test_a_prompt_is_never_cut_away_whole(reader: Reader) -> None:
     longest = len(" certainly not") + 1
-    (_, cut), _ = fitted(_both(reader), replace(reader, limit=longest + 1), "cut-left", 7)
+    (_, cut), _ = fitted(_both(reader), replace(reader, limit=longest + 1), "cut-left")
     assert reader.tokenizer.decode(cut.ids) == "s certainly not<|im_end|>"
     with pytest.raises(RowProblem, match="no room for a prompt"):
-        fitted(_both(reader), replace(reader, limit=longest), "cut-left", 7)
+        fitted(_both(reader), replace(reader, limit=longest), "cut-left")

@@ -227,12 +227,12 @@ def test_cutting_leaves_special_tokens_and_is_counted(
 
 def test_what_is_too_long_is_an_error_or_dropped() -> None:
     reader = replace(_reader("bert"), limit=7)
-    with pytest.raises(DataError, match=r"row 2 has 8 tokens and max_length is 7: .*\(drop, cut-left, cut-right\)"):
+    with pytest.raises(DataError, match=r"8 tokens, and max_length is 7: .*\(drop, cut-left, cut-right\)"):
         TASK.encode(2, LONG, reader)
     with pytest.raises(RowProblem, match="too long: above 7 tokens"):
         SequenceToSequence(data="rows.jsonl", too_long="drop").encode(2, LONG, reader)
     reader = replace(reader, limit=8)
-    with pytest.raises(DataError, match="row 2: its target has 5 tokens, and max_target_length is 4: raise it"):
+    with pytest.raises(DataError, match="its target has 5 tokens, and max_target_length is 4: raise it"):
         SequenceToSequence(data="rows.jsonl", max_target_length=4).encode(2, LONG, reader)
     with pytest.raises(RowProblem, match="target too long: above 4 tokens"):
         SequenceToSequence(data="rows.jsonl", max_target_length=4, too_long="drop").encode(2, LONG, reader)

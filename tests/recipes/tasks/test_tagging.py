@@ -265,7 +265,7 @@ def test_words_of_any_length_are_each_judged(lengths: Sequence[int], reader: Rea
 
 
 def test_a_long_row_can_be_an_error_or_dropped(reader: Reader) -> None:
-    with pytest.raises(DataError, match=r"row 5 has 44 tokens and max_length is 16.*\(drop, window\)"):
+    with pytest.raises(DataError, match=r"44 tokens, and max_length is 16.*\(drop, window\)"):
         _task(too_long="error").encode(5, LONG, reader)
     with pytest.raises(RowProblem, match="too long: above 16 tokens"):
         _task(too_long="drop").encode(5, LONG, reader)

@@ -17,7 +17,7 @@ COUNTS = {
     "logiqa": 677,
     "quartz-preference": 3828,
     "sarcasm": 28498,
-    "topics": 2127,
+    "topics": 2092,
     "chinese-sentiment": 17363,
     "finance-entities": 1141,
     "addresses": 1488,

@@ -4,7 +4,7 @@ import numpy
 import pytest
 from rouge_score import tokenize
 
-from onegpu.recipes.metrics.words import split_unspaced, words
+from onegpu.recipes.metrics.scripts import split_unspaced, words
 
 
 @pytest.mark.parametrize(

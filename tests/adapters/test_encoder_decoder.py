@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from onegpu.adapters import RecipeError, artefact, attach, composed as composing, load, load_base
+from onegpu.adapters import RecipeError, artefact, attach, encoder_decoder as composing, load, load_base
 from onegpu.adapters.fingerprints import differences, fingerprint
 from onegpu.adapters.sources import locate
 from onegpu.adapters.structure import head_modules, linears, output_embeddings

@@ -1,0 +1,257 @@
+"""What each task's packaged recipe comes to, beside full training and a probe of the frozen base, over several seeds.
+
+    python benchmarks/tasks.py run RUNS [--only NAME ...] [--variants NAME ...] [--seeds 0 1 2]
+    python benchmarks/tasks.py table RUNS docs/results.md
+
+The first trains into RUNS/NAME/VARIANT-SEED, one process each, and leaves what is finished alone. The second writes the
+page from those folders; no figure on it is written by hand.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ADAPTER, FULL, PROBE, FLOAT = "adapter", "full", "probe", "float base"
+
+
+ADAPTER, FULL, PROBE, FOUR_BITS = "adapter", "full", "probe", "nf4"
+# Measured before and after only, on rows that nothing is chosen by.
+PLAIN = ("train.best=null", "train.evaluate_every=null", "train.checkpoint_every=null", "train.precision=bf16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a packaged recipe, and how its variants differ from it."""
+
+    recipe: str
+    metric: str  # as `onegpu evaluate` calls it
+    variants: Mapping[str, Sequence[str]]  # name -> overrides
+    common: Sequence[str] = ()  # overrides of all variants
+    note: str = ""
+
+
+def _full(rate: float) -> list[str]:
+    return ["adapters=[full]", f"train.learning_rate={rate}"]
+
+
+def _with_probe(rate: float = 1e-4) -> dict[str, list[str]]:
+    """The recipe, all of the base, and the head alone on the frozen base."""
+    return {ADAPTER: [], FULL: _full(rate), PROBE: ["adapters=[]"]}
+
+
+def _task(name: str, **settings: Any) -> list[str]:
+    return [f"task.{name}.{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+HELD_OUT = {"evaluation": 0.2, "test": "none"}
+CASES = {
+    "topics of news": Case(
+        "classify-topics",
+        "accuracy",
+        _with_probe() | {FOUR_BITS: ["adapters=[nf4, lora: {rank: 16, dropout: 0.05}, layerwise-lr: {decay: 0.8}]"]},
+        _task("classification", **HELD_OUT),
+    ),
+    "sarcasm": Case("classify-sarcasm", "accuracy", _with_probe(), _task("classification", **HELD_OUT)),
+    "sentiment, Chinese": Case(
+        "classify-sarcasm",
+        "accuracy",
+        _with_probe(),
+        _task("classification", **HELD_OUT, data="sample:chinese-sentiment", class_weight=None, limit=5000),
+        "the encoder reads English: most Chinese characters are one unknown token to it",
+    ),
+    "parts of addresses": Case("tag-addresses", "f1", _with_probe(), _task("tagging", **HELD_OUT)),
+    "names in finance": Case("tag-finance", "f1", _with_probe(), _task("tagging", **HELD_OUT)),
+    "spans that answer": Case("answer-populations", "token_f1", _with_probe(), _task("question-answering", **HELD_OUT)),
+    "questions of physics": Case(
+        "chat-answers",
+        "exact_match",
+        {ADAPTER: [], FULL: _full(5e-5)},
+        _task("chat", **HELD_OUT),
+    ),
+    "preferred answers": Case(
+        "prefer-answers",
+        "accuracy",
+        {ADAPTER: ["adapters=[lora: {rank: 16}]"], FOUR_BITS: [], FULL: _full(5e-6)},
+        _task("preference", **HELD_OUT),
+        "before training both answers are equally likely to the policy and its reference, which counts as wrong",
+    ),
+    "translation": Case("translate-interface", "chrf", {ADAPTER: [], FULL: _full(3e-4)}),
+}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_all(runs: Path, only: Sequence[str], variants: Sequence[str], seeds: Sequence[int]) -> None:
+    """Train what is not there yet."""
+    for name, case in CASES.items():
+        for variant, overrides in case.variants.items():
+            if (only and case.recipe not in only and name not in only) or (variants and variant not in variants):
+                continue
+            for seed in seeds:
+                _train(runs / _folder(name, variant, seed), case, [*overrides, f"train.seed={seed}"])
+
+
+def _folder(name: str, variant: str, seed: int) -> str:
+    return f"{name.replace(',', '').replace(' ', '-')}/{variant}-{seed}"
+
+
+def _train(folder: Path, case: Case, overrides: Sequence[str]) -> None:
+    if (folder / "adapter/manifest.json").is_file():
+        return
+    command = ["onegpu", "run", case.recipe, "-o", str(folder)]
+    if folder.exists():
+        command.append("--resume")
+    for override in (*PLAIN, *case.common, *overrides):
+        command += ["--set", override]
+    print(f"== {folder}", flush=True)
+    subprocess.run(command, check=True)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run came to."""
+
+    before: float
+    after: float
+    trained: int  # parameters
+    share: float  # of the base's
+    size: int  # bytes of the adapter folder
+    rows: int
+    seconds: float
+    manifest: Mapping[str, Any]
+
+
+def read_result(folder: Path, metric: str) -> Result:
+    """The result of a run folder."""
+    manifest = json.loads((folder / "adapter/manifest.json").read_text("utf-8"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    evaluations = [line["evaluation"][metric] for line in lines if "evaluation" in line]
+    trained = sum(group["elements"] for group in manifest["run"]["groups"])
+    return Result(
+        before=evaluations[0],
+        after=evaluations[-1],
+        trained=trained,
+        share=trained / manifest["run"]["parameters"],
+        size=sum(path.stat().st_size for path in (folder / "adapter").iterdir()),
+        rows=manifest["run"]["data"]["train_rows"],
+        seconds=sum(line["seconds"] for line in lines if "seconds" in line),
+        manifest=manifest,
+    )
+
+
+def results_of(runs: Path, name: str) -> dict[str, list[Result]]:
+    """The results of a case, by variant and in the order of the seeds."""
+    case = CASES[name]
+    found = {}
+    for variant in case.variants:
+        folders = sorted((runs / _folder(name, variant, 0)).parent.glob(f"{variant}-*/adapter/manifest.json"))
+        if folders:
+            found[variant] = [read_result(path.parent.parent, case.metric) for path in folders]
+    return found
+
+
+def table(runs: Path) -> str:
+    """The page."""
+    lines = [HEAD.format(command="python benchmarks/tasks.py run RUNS"), *COLUMNS]
+    notes = []
+    for name, case in CASES.items():
+        found = results_of(runs, name)
+        if ADAPTER in found:
+            lines.append(_row(name, case, found))
+            notes += [f"- **{name}**: {remark}." for remark in _remarks(case, found)]
+    environment = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, "
+    environment += f"transformers {version('transformers')}, onegpu {version('onegpu')} at {_commit()}"
+    return "\n".join([*lines, "", "## Notes", "", *notes, "", f"Machine: {environment}.", ""])
+
+
+def _row(name: str, case: Case, found: Mapping[str, Sequence[Result]]) -> str:
+    first = found[ADAPTER][0]
+    stack = " + ".join(record["adapter"] for record in first.manifest["adapters"])
+    cells = [
+        name,
+        f"`{case.recipe}`",
+        stack,
+        f"{first.rows:,}",
+        f"{first.share:.1%}",
+        f"{first.size / 1e6:.1f} MB",
+        case.metric,
+        f"{statistics.mean(r.before for r in found[ADAPTER]):.3f}",
+        *(_spread(found.get(variant)) for variant in (ADAPTER, PROBE, FOUR_BITS, FULL)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(results: Sequence[Result] | None) -> str:
+    """Mean, and the smallest and largest of several seeds."""
+    if not results:
+        return ""
+    values = [result.after for result in results]
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else " (one seed)"
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _remarks(case: Case, found: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    if case.note:
+        yield case.note
+    ours = statistics.mean(result.after for result in found[ADAPTER])
+    for other, what in ((FULL, "full training"), (FOUR_BITS, "the same over a 4-bit base")):
+        if other in found:
+            gap = statistics.mean(result.after for result in found[other]) - ours
+            yield f"{what} is {abs(gap):.3f} {'above' if gap > 0 else 'below'} the adapter"
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+HEAD = """# Results
+
+What each packaged recipe comes to on rows that it held out, written by `python benchmarks/tasks.py table RUNS
+docs/results.md` from the run folders of `{command}`. No figure was typed.
+
+- **share**: trained parameters, heads included, of the base's. **size**: the adapter folder.
+- **before**: the base, with a fresh head where the task has one. **adapter**: after training, the mean of the seeds
+  with the smallest and the largest.
+- **probe**: the head alone, on the frozen base, with the same rows and steps. **nf4**: the base in 4 bits.
+- **full**: all of the base, with the same rows and steps.
+"""
+COLUMNS = [
+    "| task | recipe | stack | rows | share | size | metric | before | adapter | probe | nf4 | full |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+]
+
+
+def main() -> None:
+    """Run, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("run")
+    train.add_argument("runs", type=Path)
+    train.add_argument("--only", nargs="*", default=[])
+    train.add_argument("--variants", nargs="*", default=[])
+    train.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    page = commands.add_parser("table")
+    page.add_argument("runs", type=Path)
+    page.add_argument("out", type=Path)
+    chosen = parser.parse_args()
+    if chosen.command == "run":
+        run_all(chosen.runs, chosen.only, chosen.variants, chosen.seeds)
+    else:
+        chosen.out.write_text(table(chosen.runs), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
