@@ -79,9 +79,10 @@ CASES = {
     "preferred answers": Case(
         "prefer-answers",
         "accuracy",
-        {ADAPTER: ["adapters=[lora: {rank: 16}]"], FOUR_BITS: [], FULL: _full(5e-6)},
+        {ADAPTER: ["adapters=[lora: {rank: 16}]"], FOUR_BITS: []},
         _task("preference", **HELD_OUT),
-        "before training both answers are equally likely to the policy and its reference, which counts as wrong",
+        "before training the policy is its reference, and a tie counts as wrong; trained in full, the base would be no "
+        "reference any more",
     ),
     "translation": Case("translate-interface", "chrf", {ADAPTER: [], FULL: _full(3e-4)}),
 }

@@ -60,7 +60,7 @@ def evaluate_folder(folder: Path, *, data: str | None = None, compare: bool = Tr
         micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
         window=settings.effective_batch,
         autocast=autocast,
-        refer=referring(job, stack, autocast),
+        refer=referring(loaded.task, job.teacher, stack, autocast, pad=job.pad, hardware=job.hardware),
     )
     base: dict[str, float] = {}
     if compare and all(named.adapter.capabilities.base_frozen for named in stack.named):

@@ -177,7 +177,7 @@ def _evaluator(job: Job, stack: Stack, dtype: torch.dtype) -> Evaluator:
         micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
         window=settings.effective_batch,
         autocast=autocast,
-        refer=referring(job, stack, autocast),
+        refer=referring(task, job.teacher, stack, autocast, pad=job.pad, hardware=job.hardware),
     )
 
 

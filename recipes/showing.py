@@ -75,7 +75,8 @@ def lengths_line(report: dict[str, Any]) -> str:
     """How long the examples are, and how many are cut."""
     middle, most, longest = (report[f"length_{name}"] for name in ("p50", "p95", "max"))
     text = f"{middle:,} tokens in the middle, 95 % up to {most:,}, longest {longest:,}"
-    return text + (f"; {report['cut_share']:.1%} are cut to {report['limit']:,}" if report["cut_share"] else "")
+    count = round(report["cut_share"] * report["train_examples"])
+    return text + (f"; {count:,} of {report['train_examples']:,} are cut to {report['limit']:,}" if count else "")
 
 
 def unusable_lines(report: dict[str, Any]) -> list[str]:

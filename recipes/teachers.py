@@ -4,7 +4,7 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +21,7 @@ from onegpu.adapters.specs import Named
 from .evaluation import Refer, reference
 from .loading import Loaded
 from .runfolder import RunFolder
-from .tasks import Batch, Labels, Reader
-
-if TYPE_CHECKING:
-    from .jobs import Job
+from .tasks import Batch, Labels, Reader, Task
 
 __all__ = ["Teacher", "find_teacher", "referring", "tokenizer_digest"]
 
@@ -127,15 +124,16 @@ def _positions(named: Named) -> int:
         return named.adapter.positions()
 
 
-def referring(job: "Job", stack: Stack, autocast: torch.autocast) -> Refer:
+def referring(
+    task: Task, teacher: Teacher | None, stack: Stack, autocast: torch.autocast, *, pad: int, hardware: Hardware
+) -> Refer:
     """What the reference model says of a batch: the teacher, loaded now, or the base of the stack."""
-    task, teacher = job.loaded.task, job.teacher
     if teacher is None:
         return reference(task, stack, autocast)
-    model = teacher.load(pad=job.pad, hardware=job.hardware)
+    model = teacher.load(pad=pad, hardware=hardware)
 
     def refer(batch: Batch) -> Batch:
-        with torch.no_grad(), torch.autocast(job.hardware.kind, enabled=False):  # in its own precision
+        with torch.no_grad(), torch.autocast(hardware.kind, enabled=False):  # in its own precision
             return task.refer(model, batch)
 
     return refer

@@ -40,7 +40,7 @@ def test_classes_are_counted_over_the_training_rows(class_recipe: Callable[..., 
 def test_lengths_before_cutting_and_the_share_that_is_cut(class_recipe: Callable[..., Loaded]) -> None:
     # Ten texts of two to six words, with two special tokens each.
     text = _text(class_recipe(task={"max_length": 6, "too_long": "cut-right"}))
-    assert "lengths: 6 tokens in the middle, 95 % up to 8, longest 8; 40.0% are cut to 6" in text
+    assert "lengths: 6 tokens in the middle, 95 % up to 8, longest 8; 4 of 10 are cut to 6" in text
 
 
 def test_rows_that_cannot_be_used_are_listed_with_their_lines(
