@@ -124,6 +124,7 @@ def _train(folder: Path, case: Case, overrides: Sequence[str]) -> None:
 class Result:
     """What one run came to."""
 
+    seed: int
     before: float
     after: float
     trained: int  # parameters
@@ -141,6 +142,7 @@ def read_result(folder: Path, metric: str) -> Result:
     evaluations = [line["evaluation"][metric] for line in lines if "evaluation" in line]
     trained = sum(group["elements"] for group in manifest["run"]["groups"])
     return Result(
+        seed=manifest["run"]["train"]["seed"],
         before=evaluations[0],
         after=evaluations[-1],
         trained=trained,
@@ -206,11 +208,12 @@ def _spread(results: Sequence[Result] | None) -> str:
 def _remarks(case: Case, found: Mapping[str, Sequence[Result]]) -> Iterator[str]:
     if case.note:
         yield case.note
-    ours = statistics.mean(result.after for result in found[ADAPTER])
+    ours = {result.seed: result.after for result in found[ADAPTER]}
     for other, what in ((FULL, "full training"), (FOUR_BITS, "the same over a 4-bit base")):
-        if other in found:
-            gap = statistics.mean(result.after for result in found[other]) - ours
-            yield f"{what} is {abs(gap):.3f} {'above' if gap > 0 else 'below'} the adapter"
+        gaps = [result.after - ours[result.seed] for result in found.get(other, ()) if result.seed in ours]
+        if gaps:
+            gap, seeds = statistics.mean(gaps), f"{len(gaps)} seed{'s' if len(gaps) > 1 else ''}"
+            yield f"{what} is {abs(gap):.3f} {'above' if gap > 0 else 'below'} the adapter ({seeds} of both)"
 
 
 def _commit() -> str:
