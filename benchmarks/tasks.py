@@ -19,9 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ADAPTER, FULL, PROBE, FLOAT = "adapter", "full", "probe", "float base"
-
-
 ADAPTER, FULL, PROBE, FOUR_BITS = "adapter", "full", "probe", "nf4"
 # Measured before and after only, on rows that nothing is chosen by.
 PLAIN = ("train.best=null", "train.evaluate_every=null", "train.checkpoint_every=null", "train.precision=bf16")

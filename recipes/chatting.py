@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from onegpu.adapters import ArtefactError, artefact, load, load_base
 from onegpu.adapters.sources import locate
 
-from .runfolder import RunFolder
+from .runfolder import adapter_folder
 from .tasks import Reader
 from .tasks.chat import answer
 
@@ -23,15 +23,15 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
         ArtefactError: not an adapter folder, or not one of a chat task.
         RecipeError, Unavailable: its base is not here.
     """
-    run = RunFolder(folder)
-    manifest = artefact.read(run.adapter if run.adapter.is_dir() else folder).manifest
+    adapter = adapter_folder(folder)
+    manifest = artefact.read(adapter).manifest
     trained = manifest.run.get("task", {})
     if "chat" not in {**trained, **_taught(trained)} or manifest.base.source is None:
         raise ArtefactError(f"{folder} was not trained by the task `chat`")
     source = locate(manifest.base.source, revision=manifest.base.revision)
     stack = artefact.specs(manifest)
     model = load_base(source, stack, precision=manifest.base.precision)
-    load(model, run.adapter if run.adapter.is_dir() else folder)
+    load(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision)
     reader = Reader(tokenizer, limit=tokenizer.model_max_length, stops=frozenset(manifest.run["stop_tokens"]))
     messages: list[dict[str, str]] = []

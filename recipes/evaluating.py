@@ -4,19 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 from onegpu.adapters import ArtefactError, RecipeError, artefact, load
 from onegpu.adapters.manifest import Manifest
 
-from .data.batches import resolve_micro_batch
 from .data.dataset import Trained
-from .evaluation import Evaluator
+from .evaluation import shown
 from .jobs import Job, preflight
 from .loading import Loaded, parse_recipe
-from .runfolder import RunFolder
-from .teachers import referring
+from .runfolder import RunFolder, adapter_folder
 
 __all__ = ["Evaluated", "evaluate_folder"]
 
@@ -43,32 +40,20 @@ def evaluate_folder(folder: Path, *, data: str | None = None, compare: bool = Tr
         ArtefactError: not an adapter folder, or one without a run in its manifest.
         RecipeError, DataError: nothing is held out, or the rows cannot be used.
     """
-    run = RunFolder(folder)
-    adapter = run.adapter if run.adapter.is_dir() else folder
+    adapter = adapter_folder(folder)
     manifest = artefact.read(adapter).manifest
-    loaded = _recipe(folder, run, manifest, data)
+    loaded = _recipe(folder, RunFolder(folder), manifest, data)
     job = preflight(loaded, trained=Trained(manifest.run.get("labels"), manifest.run.get("class_weights")))
     examples, what = _examples(job, data)
     model = job.load_base()
     stack = load(model, adapter)
-    settings = loaded.recipe.train
-    autocast = torch.autocast(job.hardware.kind, enabled=False)
-    evaluator = Evaluator(
-        task=loaded.task,
-        reader=job.reader,
-        pad=job.pad,
-        micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
-        window=settings.effective_batch,
-        autocast=autocast,
-        refer=referring(loaded.task, job.teacher, stack, autocast, pad=job.pad, hardware=job.hardware),
-    )
+    evaluator = job.evaluator(stack)
     base: dict[str, float] = {}
     if compare and all(named.adapter.capabilities.base_frozen for named in stack.named):
         with stack.base_only():
             base = evaluator(stack.model, examples).scores
     found = evaluator(stack.model, examples, details=True)
-    shown = [name for name in dict.fromkeys(("loss", *loaded.task.measures())) if name in found.scores]
-    return Evaluated(what, len(examples), base, found.scores, found.details, shown)
+    return Evaluated(what, len(examples), base, found.scores, found.details, shown(loaded.task, found.scores))
 
 
 def _examples(job: Job, data: str | None) -> tuple[Any, str]:

@@ -57,15 +57,11 @@ class Evaluator:
     def _objectives(self, model: nn.Module, examples: Sequence[Example]) -> Iterator[Objective]:
         device = next(model.parameters()).device
         for start in range(0, len(examples), self.window):
-            window = self.task.prepare([examples[i] for i in _span(start, self.window, len(examples))], start)
+            window = self.task.prepare(examples[start : start + self.window], start)
             batches = (self.task.collate(chunk, self.pad) for chunk in micro_batches(window, self.micro_batch))
             ready = (batch | self.refer(batch) for batch in (on_device(batch, device) for batch in batches))
             for batch in surveyed(self.task, model, ready, autocast=self.autocast):
                 yield self.task.objective(model, batch)
-
-
-def _span(start: int, length: int, end: int) -> range:
-    return range(start, min(start + length, end))
 
 
 def surveyed(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from onegpu.adapters import OnegpuError, RecipeError, StackError, artefact, load_base
+from onegpu.adapters import OnegpuError, RecipeError, Stack, StackError, artefact, load_base
 from onegpu.adapters.base import load_options
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect
@@ -15,12 +16,13 @@ from onegpu.adapters.isolation import answerable
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 
-from .data.batches import Plan
+from .data.batches import Plan, resolve_micro_batch
 from .data.dataset import Dataset, Gathered, Trained, encode, gather
+from .evaluation import Evaluator
 from .loading import Loaded
 from .selection import choose
 from .tasks import Labels, Reader
-from .teachers import Teacher, find_teacher
+from .teachers import Teacher, find_teacher, referring
 
 __all__ = ["Job", "make_reader", "preflight"]
 
@@ -57,6 +59,20 @@ class Job:
         """Fills up short rows; masked, so any id will do where the tokenizer has none."""
         tokenizer = self.reader.tokenizer
         return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
+
+    def evaluator(self, stack: Stack) -> Evaluator:
+        """What scores a stack; a teacher is loaded now, where the task has one."""
+        settings, task, dtype = self.loaded.recipe.train, self.loaded.task, self.options.autocast
+        autocast = torch.autocast(self.hardware.kind, dtype=dtype or self.options.dtype, enabled=dtype is not None)
+        return Evaluator(
+            task=task,
+            reader=self.reader,
+            pad=self.pad,
+            micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, self.dataset.longest),
+            window=settings.effective_batch,
+            autocast=autocast,
+            refer=referring(task, self.teacher, stack, autocast, pad=self.pad, hardware=self.hardware),
+        )
 
     def load_base(self) -> PreTrainedModel:
         """Read the base as the recipe wants it."""

@@ -17,7 +17,7 @@ from typing import Any
 from onegpu.adapters import RecipeError
 from onegpu.adapters.files import write_text
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "adapter_folder"]
 
 KEPT_CHECKPOINTS = 2
 
@@ -101,6 +101,12 @@ class RunFolder:
         """Forget what was recorded after `step`, which will be done again: from 0 on, the first evaluation too."""
         kept = [record for record in self.records() if record["step"] <= step and step > 0]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The adapter folder that is meant by the folder of a run, or by itself."""
+    run = RunFolder(folder)
+    return run.adapter if run.adapter.is_dir() else folder
 
 
 def _number(folder: Path) -> int:

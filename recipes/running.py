@@ -20,9 +20,9 @@ from onegpu.adapters.files import write_json
 from onegpu.adapters.fingerprints import differences, fingerprint
 
 from .checkpoints import read_checkpoint
-from .data.batches import micro_batches, resolve_micro_batch
+from .data.batches import micro_batches
 from .display import Display, human_bytes
-from .evaluation import Evaluator, on_device, shown
+from .evaluation import on_device, shown
 from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
@@ -31,7 +31,7 @@ from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, unusable_lines
 from .tasks import Task, model_inputs
-from .teachers import referring, tokenizer_digest
+from .teachers import tokenizer_digest
 from .training import Session, keep_best, train
 
 __all__ = ["Outcome", "run"]
@@ -90,7 +90,8 @@ def _train_and_prove(
     accelerator.wait_for_everyone()
     verdict = train(session)
     display.line("trained", verdict)
-    after, test = keep_best(session), _tested(session, job)
+    keep_best(session)
+    after, test = session.kept_scores, _tested(session, job)
     demonstrations = [d for d in (before, demonstrate(session.model)) if d is not None]
     probe = Probe.of(session.model, job.loaded.task.probe(job.dataset.train[0], PROBE_TOKENS))
     unproved = folder.adapter.with_name("adapter-unproved")
@@ -143,7 +144,7 @@ def _session(
         held_out=job.dataset.evaluation,
         plan=job.plan,
         steps=job.steps,
-        evaluator=_evaluator(job, stack, dtype),
+        evaluator=job.evaluator(stack),
         selection=choose(settings.best, job.loaded.task.measures()),
         optimizer=optimizer,
         schedule=make_schedule(settings, optimizer, job.steps),
@@ -156,8 +157,7 @@ def _session(
     facts = _facts(job, [group.row(settings.learning_rate) for group in groups]) | {"parameters": parameters}
 
     def save(place: Path) -> None:
-        scores = {"scores": session.selection.scores or (session.scores or [{}])[-1], "test": session.test}
-        run_facts = facts | {"steps": session.selection.step or session.step, **scores}
+        run_facts = facts | {"steps": session.kept_step, "scores": session.kept_scores, "test": session.test}
         artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
     trained = sum(group.elements for group in groups)
@@ -165,20 +165,6 @@ def _session(
     _describe_groups(groups, settings.learning_rate, display)
     _restore(session, facts["data"], resume=resume)
     return session, save
-
-
-def _evaluator(job: Job, stack: Stack, dtype: torch.dtype) -> Evaluator:
-    settings, task = job.loaded.recipe.train, job.loaded.task
-    autocast = torch.autocast(job.hardware.kind, dtype=dtype, enabled=job.options.autocast is not None)
-    return Evaluator(
-        task=task,
-        reader=job.reader,
-        pad=job.pad,
-        micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, job.dataset.longest),
-        window=settings.effective_batch,
-        autocast=autocast,
-        refer=referring(task, job.teacher, stack, autocast, pad=job.pad, hardware=job.hardware),
-    )
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:
@@ -220,12 +206,8 @@ def _restore(session: Session, data: dict[str, Any], *, resume: bool) -> None:
 def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says about the run. No times, and files by their names only: equal runs write equal bytes."""
     settings = job.loaded.recipe.train
-    task = job.loaded.task.model_dump()
-    files = {
-        key: Path(value).name for key, value in task.items() if isinstance(value, str) and Path(value).is_absolute()
-    }
     return {
-        "task": {job.loaded.task_name: task | files},
+        "task": {job.loaded.task_name: _without_folders(job.loaded.task.model_dump())},
         "train": settings.model_dump(),
         "data": {"fingerprint": job.gathered.rows.fingerprint, **job.dataset.report()},
         "labels": list(job.reader.labels) if job.reader.labels else None,
@@ -235,6 +217,15 @@ def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
         "stop_tokens": sorted(job.reader.stops),
         "threads": torch.get_num_threads(),
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """Settings with files by their names only, also inside lists of sources."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _prove(job: Job, folder: Path, probe: Probe) -> float:
@@ -304,10 +295,10 @@ def _report(outcome: Outcome, task: Task, display: Display, seconds: float) -> N
         display.line("held-out", f"{name} {outcome.before[name]:.4f} before, {outcome.after[name]:.4f} after")
     for name in shown(task, outcome.test):
         display.line("test", f"{name} {outcome.test[name]:.4f}")
-    for when, (question, text) in zip(("before", "after"), outcome.demonstrations, strict=False):
-        if when == "before":
+    for number, (question, text) in enumerate(outcome.demonstrations):
+        if number == 0:
             display.line("question", question)
-        display.line(when, text)
+        display.line(("before", "after")[number], text)
     size = sum(path.stat().st_size for path in outcome.adapter.rglob("*") if path.is_file())
     display.line("adapter", f"{outcome.adapter} ({human_bytes(size)})")
     display.line(

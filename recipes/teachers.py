@@ -20,7 +20,7 @@ from onegpu.adapters.specs import Named
 
 from .evaluation import Refer, reference
 from .loading import Loaded
-from .runfolder import RunFolder
+from .runfolder import adapter_folder
 from .tasks import Batch, Labels, Reader, Task
 
 __all__ = ["Teacher", "find_teacher", "referring", "tokenizer_digest"]
@@ -95,8 +95,7 @@ def _check_base(loaded: Loaded) -> None:
 
 
 def _checked(loaded: Loaded, written: str, reader: Reader, hardware: Hardware) -> Teacher:
-    run = RunFolder(loaded.folder / written)
-    folder = run.adapter if run.adapter.is_dir() else run.path
+    folder = adapter_folder(loaded.folder / written)
     manifest = artefact.read(folder).manifest
     facts, kind = manifest.run, loaded.task.model_kind()
     if manifest.base.source is None or not {"tokenizer", "labels"} <= facts.keys():

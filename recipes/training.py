@@ -61,6 +61,17 @@ class Session:
     step: int = 0  # optimiser steps done
     scores: list[dict[str, float]] = field(default_factory=list)  # one per evaluation, the first with the adapter off
     test: dict[str, float] = field(default_factory=dict)
+    best_restored: bool = False  # the stack holds the adapter of the best evaluation again, not that of the last step
+
+    @property
+    def kept_step(self) -> int:
+        """The step after which the adapter was what it is now."""
+        return self.selection.step or 0 if self.best_restored else self.step
+
+    @property
+    def kept_scores(self) -> dict[str, float]:
+        """Its scores, or the last ones before it."""
+        return self.selection.scores if self.best_restored else (self.scores or [{}])[-1]
 
     @property
     def model(self) -> nn.Module:
@@ -207,10 +218,10 @@ def _evaluate(s: Session) -> None:
         s.save_adapter(s.folder.best(s.step))
 
 
-def keep_best(s: Session) -> dict[str, float]:
-    """Go back to the adapter of the best evaluation, where the recipe wants it; returns the scores of what is kept."""
+def keep_best(s: Session) -> None:
+    """Go back to the adapter of the best evaluation, where the recipe wants it."""
     if s.selection.step is None:
-        return s.scores[-1] if s.scores else {}
+        return
     s.accelerator.wait_for_everyone()
     artefact.fill(s.stack, s.folder.best(s.selection.step))
     ended = f"stopped after step {s.step}; " if s.selection.exhausted else ""
@@ -218,7 +229,7 @@ def keep_best(s: Session) -> dict[str, float]:
         "best",
         f"{ended}kept step {s.selection.step}: {s.selection.metric} {s.selection.scores[s.selection.metric]:.4f}",
     )
-    return s.selection.scores
+    s.best_restored = True
 
 
 def _checkpoint(s: Session) -> None:

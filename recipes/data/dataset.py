@@ -12,7 +12,7 @@ from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import entry_of
 
 from ..loading import Loaded
-from ..tasks.contract import Example, Labels, Reader, RowProblem
+from ..tasks.contract import Example, Labels, Reader, RowProblem, Task
 from .examples import Examples, Unusable, key_parts, store_examples
 from .rows import Rows, describe, read_rows
 from .splits import Split, split
@@ -101,14 +101,13 @@ def gather(loaded: Loaded, trained: Trained | None = None) -> Gathered:
     for name in SIDES[1:]:
         with loaded.place(*at, name):
             sides[name] = _held_out(loaded, getattr(task, name))
-    strata = [task.stratum(row) for row in rows]
     with loaded.place(*at, "evaluation"):
         cut = split(
             rows,
             evaluation=sides["evaluation"],
             test=sides["test"],
             seed=loaded.recipe.train.seed,
-            stratify=[str(name) for name in strata] if any(name is not None for name in strata) else None,
+            stratify=_strata(task, rows),
         )
     with loaded.place(*at, "data"):
         if not cut.train:
@@ -116,6 +115,14 @@ def gather(loaded: Loaded, trained: Trained | None = None) -> Gathered:
         own = {name: side for name, side in sides.items() if isinstance(side, Rows)}
         found = trained or _classes(loaded, rows, cut)
         return Gathered(rows, own, cut, found.labels, found.class_weights)
+
+
+def _strata(task: Task, rows: Rows) -> list[str] | None:
+    """The stratum of each row; None for a task that has none, which need not read its rows for it."""
+    if type(task).stratum is Task.stratum:
+        return None
+    strata = [task.stratum(row) for row in rows]
+    return [str(name) for name in strata] if any(name is not None for name in strata) else None
 
 
 def _classes(loaded: Loaded, rows: Rows, cut: Split) -> Trained:

@@ -17,6 +17,7 @@ __all__ = [
     "assistant_spans",
     "assistant_turns",
     "check_template",
+    "common_length",
     "read_conversation",
     "render",
 ]
@@ -196,9 +197,15 @@ def assistant_spans(reader: Reader, talk: Conversation, ids: Sequence[int], *, l
     return spans
 
 
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common from their beginning on."""
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
 def _check_prefix(prefix: Sequence[int], whole: Sequence[int], tokenizer: Any, place: str) -> None:
     if list(whole[: len(prefix)]) != list(prefix):
-        at = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), len(whole))
+        at = common_length(prefix, whole)
         was, became = (tokenizer.decode(ids[at : at + 3]) for ids in (prefix, whole))
         raise DataError(
             f"{place}: the rendered prompt is not a prefix of the conversation from token {at} on ({was!r} became "

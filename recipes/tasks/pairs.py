@@ -11,11 +11,11 @@ with the end token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, takewhile
+from itertools import groupby
 from statistics import fmean
 
 from .contract import IGNORED, Batch, Example, Reader, Row, RowProblem, TooLong, padded
-from .conversations import Conversation, Message, assistant_spans, check_template, read_conversation
+from .conversations import Conversation, Message, assistant_spans, check_template, common_length, read_conversation
 from .lengths import refuse_too_long
 from .texts import around, end_of, read_text, token_ids
 
@@ -113,7 +113,7 @@ def _conversations(
 ) -> tuple[Conversation, Conversation, Conversation]:
     """The prompt in front of both, whether it is written there, in its own column, or in both places."""
     first, second = list(chosen.messages), list(rejected.messages)
-    shared = [turn for turn, _ in takewhile(lambda turns: turns[0] == turns[1], zip(first, second, strict=False))]
+    shared = first[: common_length(first, second)]
     if first == second:
         raise RowProblem("chosen and rejected are the same")
     if isinstance(prompt, Conversation):

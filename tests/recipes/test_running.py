@@ -339,3 +339,13 @@ def test_it_says_so_where_the_result_depends_on_the_split(
     assert "with lily the result depends on train.micro_batch: its router averages over the batch" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_no_folder_of_this_machine_is_in_the_manifest_of_several_sources(
+    chat_recipe: Recipe, run: Run, jsonl: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    sources = [{"source": str(jsonl(rows[:6], "a.jsonl")), "weight": 2.0}, {"source": str(jsonl(rows[6:], "b.jsonl"))}]
+    outcome = run(chat_recipe(task={"data": sources}))
+    text = (outcome.adapter / "manifest.json").read_text("utf-8")
+    task = json.loads(text)["run"]["task"]["chat"]
+    assert task["data"] == [{"source": "a.jsonl", "weight": 2.0}, {"source": "b.jsonl", "weight": 1.0}]

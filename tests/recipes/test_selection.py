@@ -141,3 +141,14 @@ def test_test_rows_are_scored_once_with_what_was_kept(
     facts = artefact.read(outcome.adapter).manifest.run
     assert facts["test"] == outcome.test
     assert facts["data"]["test_rows"] == 3
+
+
+def test_a_checkpoint_says_the_step_that_its_adapter_is_of(
+    chat_recipe: Callable[..., Loaded], run: Run, evaluations: Evaluations, tmp_path: Path
+) -> None:
+    settings = CONSTANT | {"learning_rate": 0.3, "steps": 5, "checkpoint_every": 3, "best": {"metric": "loss"}}
+    run(chat_recipe(task={"evaluation": 0.3}, train=settings))
+    losses = {line["step"]: line["evaluation"]["loss"] for line in evaluations(tmp_path / "out")}
+    facts = artefact.read(tmp_path / "out/checkpoints/step-000003/adapter").manifest.run
+    assert min(range(4), key=losses.__getitem__) < 3  # the best so far was before it
+    assert (facts["steps"], facts["scores"]["loss"]) == (3, losses[3])
