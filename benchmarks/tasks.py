@@ -82,6 +82,14 @@ CASES = {
         "reference any more",
     ),
     "translation": Case("translate-interface", "chrf", {ADAPTER: [], FULL: _full(3e-4)}),
+    "translation by a chat model": Case("complete-translations", "chrf", {ADAPTER: [], FULL: _full(5e-5)}),
+    "news": Case("adapt-to-news", "perplexity", {ADAPTER: [], FULL: _full(3e-5)}, note="lower is better"),
+    "news, near the base": Case(
+        "distil-topics",
+        "perplexity",
+        {ADAPTER: []},
+        note="lower is better; trained in full, the base would be no teacher any more",
+    ),
 }
 
 

@@ -47,7 +47,7 @@ def evaluate_folder(folder: Path, *, data: str | None = None, compare: bool = Tr
     examples, what = _examples(job, data)
     model = job.load_base()
     stack = load(model, adapter)
-    evaluator = job.evaluator(stack)
+    evaluator, _ = job.evaluator(stack)
     base: dict[str, float] = {}
     if compare and all(named.adapter.capabilities.base_frozen for named in stack.named):
         with stack.base_only():

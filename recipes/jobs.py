@@ -18,7 +18,7 @@ from onegpu.adapters.specs import Named
 
 from .data.batches import Plan, resolve_micro_batch
 from .data.dataset import Dataset, Gathered, Trained, encode, gather
-from .evaluation import Evaluator
+from .evaluation import Evaluator, evaluating
 from .loading import Loaded
 from .selection import choose
 from .tasks import Labels, Reader
@@ -60,11 +60,19 @@ class Job:
         tokenizer = self.reader.tokenizer
         return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
 
-    def evaluator(self, stack: Stack) -> Evaluator:
-        """What scores a stack; a teacher is loaded now, where the task has one."""
-        settings, task, dtype = self.loaded.recipe.train, self.loaded.task, self.options.autocast
+    def evaluator(self, stack: Stack) -> tuple[Evaluator, str]:
+        """What scores a stack, with the task as its model can be trained on it, and a line about that.
+
+        A teacher is loaded now, where the task has one.
+        """
+        settings, dtype = self.loaded.recipe.train, self.options.autocast
         autocast = torch.autocast(self.hardware.kind, dtype=dtype or self.options.dtype, enabled=dtype is not None)
-        return Evaluator(
+        packing = all(named.adapter.capabilities.packing for named in stack.named)
+        with evaluating(stack.model), autocast:
+            task, remark = self.loaded.task.suited(
+                stack.model, self.dataset.train[0], longest=self.dataset.longest, pad=self.pad, packing=packing
+            )
+        evaluator = Evaluator(
             task=task,
             reader=self.reader,
             pad=self.pad,
@@ -73,6 +81,7 @@ class Job:
             autocast=autocast,
             refer=referring(task, self.teacher, stack, autocast, pad=self.pad, hardware=self.hardware),
         )
+        return evaluator, remark
 
     def load_base(self) -> PreTrainedModel:
         """Read the base as the recipe wants it."""

@@ -135,16 +135,17 @@ def _session(
     groups = groups_of(trainable, stack.rates(settings.weight_decay))
     optimizer = make_optimizer(settings, groups, trainable)
     dtype = job.options.autocast or job.options.dtype
+    evaluator, remark = job.evaluator(stack)
     session = Session(
         settings=settings,
-        task=job.loaded.task,
+        task=evaluator.task,
         stack=stack,
         base=base,
         examples=job.dataset.train,
         held_out=job.dataset.evaluation,
         plan=job.plan,
         steps=job.steps,
-        evaluator=job.evaluator(stack),
+        evaluator=evaluator,
         selection=choose(settings.best, job.loaded.task.measures()),
         optimizer=optimizer,
         schedule=make_schedule(settings, optimizer, job.steps),
@@ -163,6 +164,8 @@ def _session(
     trained = sum(group.elements for group in groups)
     display.line("trains", f"{trained:,} of {parameters:,} parameters ({trained / parameters:.2%})")
     _describe_groups(groups, settings.learning_rate, display)
+    if remark:
+        display.line("note", remark)
     _restore(session, facts["data"], resume=resume)
     return session, save
 

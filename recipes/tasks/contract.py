@@ -211,6 +211,21 @@ class Task(BaseModel, ABC):
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
+    def suited(
+        self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool
+    ) -> tuple["Task", str]:
+        """The task as this model is trained on it, and a line about it, for one that is quicker on some models.
+
+        Called once, with the adapters attached and in evaluation mode. What it computes must not depend on it but for
+        rounding.
+
+        Args:
+            example: one to try.
+            longest: tokens of the longest one.
+            packing: whether every adapter keeps apart what is packed into one row.
+        """
+        return self, ""
+
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         """The examples of a window as they are trained on this time; `seed` is the window's own."""
         return window

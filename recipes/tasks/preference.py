@@ -13,18 +13,17 @@ from statistics import fmean
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .answering import generate_texts
 from .chat import answer
 from .contract import IGNORED, Batch, Direction, Example, Objective, Reader, Row, RowProblem, Task
 from .pairs import PairExample, Said, collated, continued, fitted, marked, pair_scores, prompt_ids, read_pair, said
 from .preference_losses import READS, Loss, Strengths, compared, kto_loss, needs_reference, pair_loss
-from .tokens import causal_logits
+from .shared_prompts import cannot_share, joined, sequence_logps, supervised_tokens
 
-__all__ = ["JudgedExample", "Preference", "sequence_logps"]
+__all__ = ["JudgedExample", "Preference"]
 
 BETA, SIMPO_BETA, SIMPO_GAMMA = 0.1, 2.0, 1.0  # where a recipe does not say
 ANSWER_TOKENS = 48  # in a demonstration
@@ -68,9 +67,14 @@ class Preference(Task):
     too_long: Literal["error", "drop", "cut-left"] = "error"
     """What to do above `max_length`; `cut-left` cuts the prompt from its left, never a completion."""
 
+    share_prompt: bool = True
+    """Read a prompt once for both of its completions, where the model's attention allows it; read by all but `kto`."""
+
+    _joined: bool = PrivateAttr(default=False)  # a pair is one row: see shared_prompts.py
+
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
-        for name in sorted(set().union(*READS.values()) - READS.get(self.loss, set())):
+        for name in sorted(set().union(*READS.values()) - READS[self.loss]):
             if getattr(self, name) != type(self).model_fields[name].default:
                 losses = ", ".join(loss for loss in READS if name in READS[loss])
                 raise ValueError(f"`{name}` is read by {losses} and not by `loss: {self.loss}`")
@@ -108,6 +112,18 @@ class Preference(Task):
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
+    def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Task, str]:
+        """Reads prompts once where this model can."""
+        if self.loss == "kto" or not self.share_prompt:
+            return self, ""
+        (pair,) = _judged([example])
+        reason = cannot_share(model, pair, longest, pad) if packing else "an adapter mixes what is in a row"
+        if reason:
+            return self, f"each prompt is read twice, once for each completion: {reason}"
+        task = self.model_copy()
+        task._joined = True
+        return task, "each prompt is read once for both of its completions"
+
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         """KTO: each prompt with the completion of its neighbour in the window, the one before it as in trl.
 
@@ -121,8 +137,13 @@ class Preference(Task):
         return [_mismatched(example, examples[i - by]) for i, example in enumerate(examples)]
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:
-        """(2 · batch, tokens): the chosen ones, then the rejected; KTO's completions, then the mismatched ones."""
+        """(2 · batch, tokens): the chosen ones, then the rejected; KTO's completions, then the mismatched ones.
+
+        Or (batch, tokens) of pairs whose prompt is read once.
+        """
         judged = _judged(examples)
+        if self._joined:
+            return joined(judged, pad)
         batch = collated(
             [e.ids for e in judged] + [e.other_ids or e.ids for e in judged],
             [e.labels for e in judged] + [e.other_labels or [IGNORED] * len(e.ids) for e in judged],
@@ -159,7 +180,7 @@ class Preference(Task):
         return self._single_losses(model, batch) if self.loss == "kto" else self._pair_losses(model, batch)
 
     def _pair_losses(self, model: nn.Module, batch: Batch) -> Objective:
-        tokens = (batch["labels"] != IGNORED).sum(1)  # (2 · batch,)
+        tokens = supervised_tokens(batch)  # (2 · batch,)
         logps = sequence_logps(model, batch)
         chosen, rejected = compared(self.loss, logps, batch.get("reference"), tokens).chunk(2)
         likelihood = (logps / tokens).chunk(2)[0]
@@ -211,15 +232,6 @@ class Preference(Task):
             return prompt, generate_texts(model, [prompt_ids(prompt, reader)[0]], reader, tokens=ANSWER_TOKENS)[0]
         said_last = str(prompt.messages[-1]["content"])
         return said_last, answer(model, reader, prompt.messages, ANSWER_TOKENS, tools=prompt.tools)
-
-
-def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:  # (sequences,) float32
-    """log π(y|x): the summed log-probability of the supervised tokens of each sequence."""
-    found = causal_logits(model, batch)
-    logps = -F.cross_entropy(found.logits, found.targets, reduction="none")  # (supervised,)
-    supervised = batch["labels"][:, 1:] != IGNORED
-    # The supervised tokens come row by row. Not index_add, whose sums differ from run to run on CUDA.
-    return torch.zeros_like(supervised, dtype=logps.dtype).masked_scatter(supervised, logps).sum(1)
 
 
 def _half(batch: Batch, half: int) -> Batch:

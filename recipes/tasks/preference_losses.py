@@ -22,8 +22,15 @@ REFERENCE = {"dpo", "ipo", "hinge", "robust", "kto"}  # compare with π_ref
 PER_TOKEN = {"ipo", "simpo", "orpo"}  # compare means over tokens, so length does not count
 LIKELIHOOD = {"cpo", "orpo"}  # add the mean negative log-likelihood of the chosen tokens
 
-READS: dict[str, set[str]] = {loss: {"label_smoothing"} for loss in ("dpo", "robust", "cpo")} | {
-    "simpo": {"label_smoothing", "gamma"},
+OF_PAIRS = {"share_prompt"}
+READS: dict[str, set[str]] = {
+    "dpo": OF_PAIRS | {"label_smoothing"},
+    "ipo": OF_PAIRS,
+    "hinge": OF_PAIRS,
+    "robust": OF_PAIRS | {"label_smoothing"},
+    "simpo": OF_PAIRS | {"label_smoothing", "gamma"},
+    "orpo": OF_PAIRS,
+    "cpo": OF_PAIRS | {"label_smoothing"},
     "kto": {"desirable_weight", "undesirable_weight"},
 }
 """Which settings a loss reads beside `beta`."""

@@ -19,7 +19,8 @@ from onegpu.adapters import attach
 from onegpu.adapters.stack import Stack
 from onegpu.recipes.tasks import Batch, Reader, RowProblem
 from onegpu.recipes.tasks.chat import answer
-from onegpu.recipes.tasks.preference import JudgedExample, Preference, sequence_logps
+from onegpu.recipes.tasks.preference import JudgedExample, Preference
+from onegpu.recipes.tasks.shared_prompts import sequence_logps
 
 IGNORED, PAD = -100, 1
 QUIET: dict[str, Any] = {
@@ -464,7 +465,7 @@ def test_accuracy_counts_a_tie_as_wrong(reader: Reader) -> None:
     ("settings", "reason"),
     [
         ({"loss": "dpo", "gamma": 0.5}, "`gamma` is read by simpo and not by `loss: dpo`"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "`label_smoothing` is read by dpo, robust, cpo, simpo"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "`label_smoothing` is read by dpo, robust, simpo, cpo"),
         ({"loss": "simpo", "desirable_weight": 2.0}, "`desirable_weight` is read by kto"),
         ({"loss": "robust"}, "without `label_smoothing`"),
         ({"loss": "robust", "label_smoothing": 0.5}, "less than 0.5"),
