@@ -156,7 +156,7 @@ def test_every_loss_of_pairs_is_the_same(loss: Any) -> None:
     stack = attach(model, [{"lora": {"rank": 4}}])
     for tensor in stack.trainable().values():
         torch.nn.init.normal_(tensor, std=0.1)
-    smoothing = {"label_smoothing": 0.1} if loss == "robust" else {}
+    smoothing: dict[str, Any] = {"label_smoothing": 0.1} if loss == "robust" else {}
     plain = Preference(data="rows.jsonl", loss=loss, **smoothing)
     quick, remark = plain.suited(model, PAIRS[0], longest=20, pad=PAD, packing=True)
     assert quick is not plain
