@@ -106,7 +106,7 @@ def test_what_a_token_sees() -> None:
 
 
 def test_bf16() -> None:
-    model = _model(CONFIGS["llama"]).to(torch.bfloat16)
+    model = _model(CONFIGS["llama"]).bfloat16()
     assert cannot_share(model, PAIRS[0], 20, PAD) == ""
 
 
