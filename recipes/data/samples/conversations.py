@@ -1,11 +1,11 @@
 """Conversations, and pairs of a better and a worse answer.
 
 One row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-Of pairs: {"prompt": [{"role": "user", "content": "The resistance\\n\\n A: increases\\n B: decreases"}],
-"chosen": [{"role": "assistant", "content": "A"}], "rejected": [{"role": "assistant", "content": "B"}]}
+Of pairs: {"prompt": "When light speeds up it is more likely to", "chosen": " bend", "rejected": " stay straight"}
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ["chitchat", "chitchat_short", "logiqa", "quartz", "quartz_preference"
 
 QUARTZ = "evals/registry/data/quartz/samples.jsonl"
 LOGIQA = "evals/registry/data/logiqa/logiqa.jsonl"
-OTHER_OPTION = {"A": "B", "B": "A"}
+OPTIONS = re.compile(r"(.+?)\s*\n\s*A:\s*(.+?)\s*\n\s*B:\s*(.+?)\s*", re.DOTALL)  # question, first, second
 
 
 def chitchat(archive: Archive) -> Iterator[Row]:
@@ -59,16 +59,18 @@ def _answered(archive: Archive, member: str) -> Iterator[Row]:
 
 
 def quartz_preference(archive: Archive) -> list[Row]:
-    """The right option against the wrong one, without the questions that the package answers both ways."""
-    pairs = (
-        {
-            "prompt": sample["input"],
-            "chosen": [_reply(sample["ideal"])],
-            "rejected": [_reply(OTHER_OPTION[sample["ideal"]])],
-        }
-        for sample in archive.objects(QUARTZ)
-    )
-    return undisputed(pairs, lambda pair: json.dumps(pair["prompt"]))
+    """The right option against the wrong one in words, without the questions that the package answers both ways."""
+    questions = undisputed(archive.objects(QUARTZ), lambda sample: json.dumps(sample["input"]))
+    return [_pair(sample["input"][-1]["content"], sample["ideal"]) for sample in questions]
+
+
+def _pair(asked: str, right: str) -> Row:
+    found = OPTIONS.fullmatch(asked)
+    if found is None or right not in ("A", "B"):
+        raise ValueError(f"a question with the options A and B and one of them as its answer, not {asked!r}: {right!r}")
+    question, first, second = found.groups()
+    chosen, rejected = (first, second) if right == "A" else (second, first)
+    return {"prompt": question, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
 def _reply(content: Any) -> dict[str, str]:

@@ -94,7 +94,9 @@ SAMPLES = {
     "quartz": Sample((EVALS,), quartz, "multiple-choice questions answered with a letter (MIT)"),
     "logiqa": Sample((EVALS,), logiqa, "questions of logic about a passage, answered with a letter (MIT)"),
     # preference
-    "quartz-preference": Sample((EVALS,), quartz_preference, "the right option against the wrong one (MIT)"),
+    "quartz-preference": Sample(
+        (EVALS,), quartz_preference, "on physics, the right option against the wrong one (MIT)"
+    ),
     # classification
     "sarcasm": Sample((EVALS,), sarcasm, "headlines, sarcastic or sincere (MIT)"),
     "topics": Sample((CORPUS,), topics, "news articles in five classes (research use)"),

