@@ -25,6 +25,7 @@ from .errors import (
     ProofFailed,
     RecipeError,
     StackError,
+    StorageError,
     TargetError,
     Unavailable,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "Unavailable",
     "PluginError",
     "DeviceError",
+    "StorageError",
     "ProofFailed",
     "Interrupted",
 ]

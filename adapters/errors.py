@@ -9,7 +9,8 @@
     │   └── ArtefactError                           an adapter folder that is not what it should be
     ├── Unavailable (RuntimeError)         exit 3   something needed is missing here
     │   ├── PluginError (LookupError)               unknown, ambiguous, broken or outdated plugin
-    │   └── DeviceError                             device, precision or memory
+    │   ├── DeviceError                             device, precision or memory
+    │   └── StorageError                            a disk, a folder or a limit that takes no more
     ├── ProofFailed (AssertionError)       exit 4   a run that did not do what it claims
     └── Interrupted                        exit 130 the user stopped a run that can be resumed
 
@@ -30,6 +31,7 @@ __all__ = [
     "Unavailable",
     "PluginError",
     "DeviceError",
+    "StorageError",
     "ProofFailed",
     "Interrupted",
     "nearest",
@@ -89,6 +91,10 @@ class PluginError(Unavailable, LookupError):
 
 class DeviceError(Unavailable):
     """The device lacks a capability, a precision or the memory that was asked for."""
+
+
+class StorageError(Unavailable):
+    """Something could not be written: the disk is full, the folder read-only, or too many files are open."""
 
 
 class ProofFailed(OnegpuError, AssertionError):

@@ -1,7 +1,13 @@
-"""Writing so that a reader never sees half a file: a temporary name, flushed to disk, then renamed."""
+"""Writing so that a reader never sees half a file: a temporary name, flushed to disk, then renamed.
 
+A folder that is to be trusted after a crash is sealed: `checksums.json` in it has the digest of every other file.
+"""
+
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,22 +15,77 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "cache_folder", "write_json", "write_text"]
+from safetensors import SafetensorError
+
+from .errors import StorageError
+
+__all__ = [
+    "atomic_folder",
+    "cache_folder",
+    "damage",
+    "discard",
+    "flush",
+    "move",
+    "seal",
+    "storage",
+    "sweep",
+    "write_json",
+    "write_text",
+]
+
+PARTIAL = ".partial"  # how temporary names end, so that what a killed process left can be told from all else
+SEAL = "checksums.json"
+REFUSALS = {  # what a disk, a folder or a process says that can take no more
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    *(errno.EMFILE, errno.ENFILE),
+}
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn what the disk, the folder or the limits of the process refuse inside the block into one clear message.
+
+    Raises:
+        StorageError: `path` was not written, and why.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as cause:
+        code = _code(cause)
+        if code not in REFUSALS:
+            raise
+        named = getattr(cause, "filename", None)
+        where = f" ({named})" if named and str(named) != str(path) else ""
+        raise StorageError(f"{path} was not written: {os.strerror(code)}{where}") from cause
+
+
+def _code(cause: Exception) -> int | None:
+    if isinstance(cause, OSError):
+        return cause.errno
+    found = re.search(r"\(os error (\d+)\)", str(cause))  # how the library of safetensors reports one
+    return int(found[1]) if found else None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a whole file or nothing.
+
+    Raises:
+        StorageError: the disk is full, or the folder may not be written.
+    """
+    with storage(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        flush(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,34 +95,103 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name beside `target`; it takes its place only when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    """Fill a folder under a temporary name beside `target`; it takes its place only when the block ends well.
+
+    Raises:
+        StorageError: the disk is full, or the folder may not be written.
+    """
+    with storage(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL))
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                os.chmod(path, 0o755 if path.is_dir() else 0o644)
+                flush(path)
+            os.chmod(temporary, 0o755)
+            flush(temporary)
+            move(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a folder; what stood there is moved aside first and removed last, so that one of the two is always whole.
+
+    Raises:
+        StorageError: the folder may not be written.
+    """
+    with storage(target):
+        if not target.exists():
+            os.rename(source, target)
+        else:
+            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL)) / "old"
+            os.rename(target, aside)
+            os.rename(source, target)
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        flush(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that nothing ever looks at half of it: it loses its name first."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL)) / "old"
+    os.rename(folder, aside)
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed while writing into this folder left behind."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def seal(folder: Path) -> None:
+    """Write down the digest of every file in a folder, as read back, for `damage`."""
+    write_json(folder / SEAL, _digests(folder))
+
+
+def damage(folder: Path) -> str | None:
+    """How a sealed folder differs from what was sealed; None when it does not.
+
+    Raises:
+        StorageError: it cannot be told, for instance as too many files are open.
+    """
     try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            os.chmod(path, 0o755 if path.is_dir() else 0o644)
-            _flush(path)
-        os.chmod(temporary, 0o755)
-        _flush(temporary)
-        _put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        sealed, found = json.loads((folder / SEAL).read_text("utf-8")), _digests(folder)
+    except FileNotFoundError as cause:
+        return f"{Path(cause.filename).name} is missing"
+    except (ValueError, RecursionError):
+        return f"{SEAL} is damaged"
+    except OSError as cause:
+        if cause.errno == errno.EIO:  # the disk itself
+            return f"it cannot be read: {cause}"
+        raise StorageError(f"{folder} cannot be checked: {cause}") from cause
+    if not isinstance(sealed, dict):
+        return f"{SEAL} is damaged"
+    texts = [f"{name} is missing" for name in sorted(sealed.keys() - found.keys())]
+    texts += [f"{name} does not belong there" for name in sorted(found.keys() - sealed.keys())]
+    texts += [f"{name} has other bytes" for name in sorted(found) if name in sealed and sealed[name] != found[name]]
+    return "; ".join(texts[:3]) or None
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename; what stood there is moved aside first and removed last, so that one of the two always exists whole."""
-    if not target.exists():
-        os.rename(temporary, target)
-    else:
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")) / "old"
-        os.rename(target, aside)
-        os.rename(temporary, target)
-        shutil.rmtree(aside.parent, ignore_errors=True)
-    _flush(target.parent)
+def _digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): _digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() != SEAL
+    }
 
 
-def _flush(path: Path) -> None:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what a file, or the list of names in a folder, has come to."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

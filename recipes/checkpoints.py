@@ -5,30 +5,33 @@ step-000050/
   optimizer.safetensors   every tensor of the optimiser's state
   state.json              everything else: schedule, loss scaling, adapters' own state, versions
   random.safetensors      the random states of torch, per device
+  checksums.json          the digest of every file, so that damage is seen
 """
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from onegpu.adapters import RecipeError, Stack, Unavailable
-from onegpu.adapters.artefact import confirm, fill
-from onegpu.adapters.files import atomic_folder, write_json
+from onegpu.adapters import ArtefactError, RecipeError, Stack
+from onegpu.adapters.artefact import fill
+from onegpu.adapters.files import atomic_folder, seal, write_json
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["environment", "read_state", "restore", "undisturbed", "write_checkpoint"]
 
 EXACTLY = ("onegpu", "torch", "transformers", "bitsandbytes")  # versions that a resumed run must share
+OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
 
 def write_checkpoint(
@@ -41,63 +44,108 @@ def write_checkpoint(
     scaler: torch.amp.GradScaler,
     progress: Mapping[str, Any],
 ) -> None:
-    """Write all that the next step depends on; the folder appears whole or not at all."""
+    """Write all that the next step depends on; the folder appears whole and sealed, or not at all.
+
+    Raises:
+        StorageError: the disk is full, or the folder may not be written.
+        ArtefactError: what is read back is not what was to be written.
+    """
     tensors, values = _flatten(optimizer)
     state = {
         "progress": dict(progress),
-        "optimizer": values,
+        "optimizer": {"kind": type(optimizer).__name__, "values": values},
         "schedule": schedule.state_dict(),
         "scaler": scaler.state_dict(),
         "adapters": {a.name: a.state() for a in stack.attachments},
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
-        "environment": _environment(),
+        "environment": environment(),
     }
     with atomic_folder(folder) as partial:
         save_adapter(partial / "adapter")
-        confirm(stack, partial / "adapter")
-        save_file(tensors, partial / "optimizer.safetensors", metadata={"format": "pt"})
-        save_file(_torch_states(), partial / "random.safetensors", metadata={"format": "pt"})
-        write_json(partial / "state.json", state)
+        save_file(tensors, partial / OPTIMIZER, metadata={"format": "pt"})
+        save_file(_torch_states(), partial / RANDOM, metadata={"format": "pt"})
+        write_json(partial / STATE, state)
+        _confirm(tensors, partial / OPTIMIZER)
+        seal(partial)
 
 
-def read_checkpoint(
-    folder: Path, *, stack: Stack, optimizer: Optimizer, schedule: LRScheduler, scaler: torch.amp.GradScaler
-) -> dict[str, Any]:
-    """Restore everything; returns the progress that was stored.
+def _confirm(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One tensor at a time: a second copy of the optimiser's state may not fit."""
+    with safe_open(path, "pt") as file:
+        for name, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(name), tensor.cpu()):
+                raise ArtefactError(f"{path}: {name} was not written as it is")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: `progress`, `environment` and more.
 
     Raises:
-        Unavailable: other versions, or another number of threads, than the run began with: bits would differ.
-        ArtefactError: the adapter does not fit.
+        RecipeError: it is none.
     """
     try:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        tensors = load_file(folder / "optimizer.safetensors")
-        states = load_file(folder / "random.safetensors")
-    except (OSError, ValueError, SafetensorError) as cause:
+        state = json.loads((folder / STATE).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as cause:
         raise RecipeError(f"the checkpoint {folder} cannot be read: {cause}") from cause
-    _check_environment(state["environment"], folder)
-    fill(stack, folder / "adapter")
-    _unflatten(optimizer, tensors, state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+    if not isinstance(state, dict) or not {"progress", "environment"} <= state.keys():
+        raise RecipeError(f"the checkpoint {folder} cannot be read: {STATE} is not one of ours")
+    return state
+
+
+def restore(
+    folder: Path,
+    state: Mapping[str, Any],
+    *,
+    stack: Stack,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Make everything live what it was when the checkpoint was written. Rates follow from the recipe and the step.
+
+    Raises:
+        ArtefactError: the adapter does not fit.
+        RecipeError: the optimiser, or anything else, does not.
+    """
+    try:
+        kind, here = state["optimizer"]["kind"], type(optimizer).__name__
+        if kind != here:
+            raise RecipeError(f"{folder} has the state of {kind}, and the recipe asks for {here}: start another run")
+        tensors, states = load_file(folder / OPTIMIZER), load_file(folder / RANDOM)
+        fill(stack, folder / "adapter")
+        _unflatten(optimizer, tensors, state["optimizer"]["values"])
+        _restore_schedule(schedule, optimizer, state["schedule"])
+        scaler.load_state_dict(state["scaler"])
+        for attachment in stack.attachments:
+            attachment.load_state(state["adapters"][attachment.name])
+        _restore_random(state["random"], states)
+    except (SafetensorError, KeyError, TypeError) as cause:
+        raise RecipeError(f"the checkpoint {folder} does not fit this run: {cause}") from cause
+
+
+def _restore_schedule(schedule: LRScheduler, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Where it stood; but the rates themselves are the recipe's, so that a changed one is not silently the old one."""
+    assert isinstance(schedule, LambdaLR)  # all of transformers' are that `schedule` may name
+    schedule.load_state_dict({**state, "base_lrs": schedule.base_lrs})
+    rates = [b * factor(schedule.last_epoch) for b, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scaler.load_state_dict(state["scaler"])
-    for attachment in stack.attachments:
-        attachment.load_state(state["adapters"][attachment.name])
-    _restore_random(state["random"], states)
-    progress: dict[str, Any] = state["progress"]
-    return progress
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What of this machine the bits depend on."""
     return {"threads": torch.get_num_threads(), **{name: version(name) for name in EXACTLY}}
 
 
-def _check_environment(stored: Mapping[str, Any], folder: Path) -> None:
-    here = _environment()
-    changed = [f"{name} was {stored.get(name)} and is {here[name]}" for name in here if stored.get(name) != here[name]]
-    if changed:
-        raise Unavailable(f"{folder} cannot be resumed exactly here: {'; '.join(changed)}")
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Random numbers go on after the block as if it had not been there."""
+    states, own = _torch_states(), {"python": random.getstate(), "numpy": _numpy_state()}
+    try:
+        yield
+    finally:
+        _restore_random(own, states)
 
 
 def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

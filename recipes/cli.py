@@ -43,17 +43,24 @@ def app(context: click.Context, debug: bool) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; runs/NAME when left out.")
 @SET
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the folder.")
-def run(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option(
+    "--accept-changes", is_flag=True, help="Resume although recipe, rows, versions or threads are others; it is noted."
+)
+def run(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: bool, accept_changes: bool) -> None:
     """Check, train, prove and save.
 
     RECIPE is a file, or the name of a packaged recipe.
     """
     from .loading import load_recipe
     from .running import run as run_recipe
+    from .stopping import terminated_like_interrupted
 
+    if accept_changes and not resume:
+        raise click.UsageError("--accept-changes is about --resume, and does nothing without it")
+    terminated_like_interrupted()
     loaded = load_recipe(recipe, overrides)
     folder = out or Path("runs") / loaded.name.replace(":", "-")
-    if run_recipe(loaded, folder, resume=resume) is None:
+    if run_recipe(loaded, folder, resume=resume, accept_changes=accept_changes) is None:
         print(f"{folder} is finished; nothing to do")
 
 
@@ -302,6 +309,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+    except OSError as error:  # of the machine: nothing that a recipe says wrong ends up here
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _fail(str(error), 3)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,25 +1,31 @@
 """The folder of a run. This file alone knows the names in it.
 
 recipe.yaml          the recipe as resolved
-adapter/             the result
+adapter/             the result; adapter-unproved/ until it was loaded again and compared
 metrics.jsonl        one object per optimiser step and per evaluation
-checkpoints/step-NNNNNN/   to resume from
-checkpoints/best-NNNNNN/   the adapter of the best evaluation
+checkpoints/step-NNNNNN/      to resume from
+checkpoints/best-NNNNNN/      the adapter of the best evaluation
+checkpoints/unproved-NNNNNN/  a checkpoint that is not compared yet, or was found not to be what was trained
+checkpoints/damaged-NNNNNN/   one that was found damaged when the run was resumed
+.lock                while a process works on the run
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterator, Mapping
-from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
-from onegpu.adapters import RecipeError
-from onegpu.adapters.files import write_text
+import yaml
+from filelock import FileLock, Timeout
+
+from onegpu.adapters import RecipeError, StorageError
+from onegpu.adapters.files import discard, flush, move, storage, sweep, write_text
 
 __all__ = ["RunFolder", "adapter_folder"]
 
-KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2  # so that there is one before a newest that turns out to be damaged
+HARMLESS = {"train.checkpoint_every"}  # settings that change nothing of what is computed
 
 
 class RunFolder:
@@ -29,82 +35,163 @@ class RunFolder:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.adapter = self.path / "adapter"
+        self.unproved_adapter = self.path / "adapter-unproved"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self._lock = FileLock(self.path / ".lock", blocking=False)
 
     @property
     def finished(self) -> bool:
         """Whether the result was written, which happens last."""
         return (self.adapter / "manifest.json").is_file()
 
-    def open(self, recipe: str, *, resume: bool) -> None:
-        """Make the folder, or check that it holds a run of the same recipe to resume.
+    def open(self, recipe: str, *, resume: bool, accept_changes: bool = False) -> None:
+        """Make the folder, or check that it holds a run of the same recipe to resume; no other process has it then.
 
         Raises:
             RecipeError: the folder is in use, or its run has another recipe.
+            StorageError: it cannot be written.
         """
-        self.check(recipe, resume=resume)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self.check(recipe, resume=resume, accept_changes=accept_changes)
         write_text(self.recipe, recipe)
 
-    def check(self, recipe: str, *, resume: bool) -> None:
-        """`open` without writing."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+    def lock(self) -> None:
+        """Keep other processes out of a folder that exists, until `release` or until this process ends in any way.
+
+        Raises:
+            RecipeError: another process has it.
+        """
+        if self._lock.is_locked or not self.path.is_dir():
             return
+        try:
+            with storage(self.path):
+                self._lock.acquire()
+        except Timeout:
+            raise RecipeError(
+                f"another process is working on the run in {self.path}: wait for it, or stop it"
+            ) from None
+
+    def release(self) -> None:
+        """Let other processes in again; no lock is left in the folder."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody can have it by that name
+            self._lock.release()
+
+    def check(self, recipe: str, *, resume: bool, accept_changes: bool = False) -> list[str]:
+        """`open` without writing.
+
+        Returns:
+            What is accepted: each setting that differs from the run's, as `key: old -> new`.
+        """
+        self._refuse_unwritable()
+        if not self.path.exists() or (self.path.is_dir() and set(os.listdir(self.path)) <= {".lock"}):
+            return []
         if not resume:
             raise RecipeError(f"{self.path} exists already; give another folder with -o, or go on with --resume")
         if not self.recipe.is_file():
             raise RecipeError(f"{self.path} is not the folder of a run: it has no recipe.yaml")
-        changed = _changed_lines(self.recipe.read_text("utf-8"), recipe)
-        if changed:
+        changed = _changes(self._recipe_of_the_run(), yaml.safe_load(recipe))
+        if changed and not accept_changes:
             raise RecipeError(
-                f"{self.path} holds a run of another recipe, so it cannot be resumed with this one:\n{changed}"
+                f"{self.path} holds a run of another recipe:\n"
+                + "".join(f"  {change}\n" for change in changed)
+                + "Give another folder with -o, or go on all the same with --accept-changes: the manifest will say so"
             )
+        return changed
+
+    def _refuse_unwritable(self) -> None:
+        """Before hours of training, and without writing anything."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir() and there != self.path:
+            raise StorageError(f"{self.path} cannot be made: {there} is a file")
+        if not os.access(there, os.W_OK):
+            raise StorageError(f"{self.path} cannot be written: {there} is read-only for you")
+
+    def _recipe_of_the_run(self) -> Any:
+        try:
+            return yaml.safe_load(self.recipe.read_text("utf-8"))
+        except (ValueError, yaml.YAMLError):
+            raise RecipeError(f"{self.recipe} is damaged, so nobody can tell what the run was: start another") from None
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"step-{step:06d}"
 
-    def latest_checkpoint(self) -> Path | None:
-        """The last complete one; a half-written one has another name."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+    def unproved(self, step: int) -> Path:
+        """Where it lies until it is proved."""
+        return self.checkpoints / f"unproved-{step:06d}"
+
+    def newest_first(self) -> list[Path]:
+        """The checkpoints; a half-written one has another name."""
+        return sorted(self.checkpoints.glob("step-*"), reverse=True)
 
     def best(self, step: int) -> Path:
-        """Where the adapter of an evaluation lies that was the best so far."""
+        """Where the adapter of an evaluation lies that was the best so far, within a sealed folder."""
         return self.checkpoints / f"best-{step:06d}"
 
     def drop_old_checkpoints(self) -> None:
         """Keep the last two, and of the best adapters those that a run resumed from either would want."""
         steps = sorted(self.checkpoints.glob("step-*"))
         for old in steps[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            discard(old)
         bests = sorted(self.checkpoints.glob("best-*"))
         before = [best for best in bests if _number(best) <= min(map(_number, steps[-KEPT_CHECKPOINTS:]))]
         for old in before[:-1]:
-            shutil.rmtree(old)
+            discard(old)
 
     def record(self, **values: Any) -> None:
-        """Append one line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        """Append one line to the metrics.
+
+        Raises:
+            StorageError: the disk is full; what was cut off is forgotten when the run is resumed.
+        """
+        with storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def flush_records(self) -> None:
+        """Have the disk hold the metrics, before a checkpoint says that they are there."""
+        with storage(self.metrics):
+            flush(self.metrics)
+
     def records(self) -> Iterator[Mapping[str, Any]]:
-        """The recorded lines, without a last one that was cut off."""
+        """The recorded lines that can be read: all but one that was cut off when the process was killed."""
         if self.metrics.is_file():
-            for line in self.metrics.read_text("utf-8").splitlines():
+            for line in self.metrics.read_bytes().splitlines():
                 try:
-                    yield json.loads(line)
-                except ValueError:
-                    return
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield record
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`, which will be done again: from 0 on, the first evaluation too."""
+        """Forget what came after `step`, which will be done again: from 0 on, the first evaluation too.
+
+        Checkpoints after it, which were found damaged, are set aside.
+        """
         kept = [record for record in self.records() if record["step"] <= step and step > 0]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        for folder in (self.path, self.checkpoints):
+            sweep(folder)
+        for unproved in self.checkpoints.glob("unproved-*"):
+            discard(unproved)
+        for best in self.checkpoints.glob("best-*"):
+            if _number(best) > step:
+                discard(best)
+        for damaged in self.newest_first():
+            if _number(damaged) > step:
+                move(damaged, self.set_aside(damaged))
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Where a damaged checkpoint goes."""
+        return self.checkpoints / f"damaged-{_number(checkpoint):06d}"
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The adapter folder that is meant by the folder of a run, or by itself."""
+    """The adapter folder that is meant by the folder of a run, of a checkpoint, or by itself."""
     run = RunFolder(folder)
     return run.adapter if run.adapter.is_dir() else folder
 
@@ -113,6 +200,23 @@ def _number(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _changed_lines(before: str, after: str) -> str:
-    lines = list(unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))[2:]  # without its headers
-    return "\n".join([f"  {line[0]} {line[1:].strip()}" for line in lines if line[0] in "+-"][:10])
+def _changes(before: Any, after: Any) -> list[str]:
+    """Each setting that differs and matters, as `key: old -> new`."""
+    old, new = _leaves(before), _leaves(after)
+    return [
+        f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
+        for key in {**old, **new}
+        if key not in HARMLESS and (key not in old or key not in new or old[key] != new[key])
+    ]
+
+
+def _leaves(content: Any, path: str = "") -> dict[str, Any]:
+    """Every plain value of a recipe by its path, such as `adapters.0.lora.rank`."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else None
+    if items is None or not content:
+        return {path: content}
+    return {p: v for k, inner in items for p, v in _leaves(inner, f"{path}.{k}".lstrip(".")).items()}
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    return json.dumps(leaves[key], default=str, ensure_ascii=False) if key in leaves else "(not there)"

@@ -1,25 +1,23 @@
 """From a loaded recipe to a proved adapter folder: preflight, base, adapters, loop, artefact, round trip."""
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, artefact, attach, load
+from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, StorageError, artefact, attach, load
 from onegpu.adapters.base import footprint
 from onegpu.adapters.device import grad_scaler
-from onegpu.adapters.files import write_json
+from onegpu.adapters.files import move, write_json
 from onegpu.adapters.fingerprints import differences, fingerprint
 
-from .checkpoints import read_checkpoint
 from .data.batches import micro_batches
 from .display import Display, human_bytes
 from .evaluation import on_device, shown
@@ -27,6 +25,8 @@ from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
 from .proofs import Probe, round_trip
+from .resident_proof import ResidentProof
+from .resuming import go_on
 from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, unusable_lines
@@ -53,39 +53,62 @@ class Outcome:
     round_trip_error: float = 0.0
 
 
-def run(loaded: Loaded, out: Path, *, resume: bool = False, display: Display | None = None) -> Outcome | None:
+class Resuming(NamedTuple):
+    """How a run that was begun before goes on."""
+
+    changed: list[str]  # settings of the recipe, as `key: old -> new`
+    accept_changes: bool
+
+
+def run(
+    loaded: Loaded, out: Path, *, resume: bool = False, accept_changes: bool = False, display: Display | None = None
+) -> Outcome | None:
     """Train, prove, save. Returns None when `resume` finds the run finished.
+
+    Args:
+        accept_changes: resume although recipe, rows, versions or threads are others than the run began with; what
+            changed goes into the manifest.
 
     Raises:
         InvalidInput, Unavailable: before anything is written.
+        StorageError: something could not be written; what was saved before is as it was.
         ProofFailed: what was written is kept aside and named.
         Interrupted: by the user; a checkpoint was written.
     """
     began = time.perf_counter()
     folder = RunFolder(out)
-    folder.check(loaded.as_yaml(), resume=resume)
+    resuming = Resuming(folder.check(loaded.as_yaml(), resume=resume, accept_changes=accept_changes), accept_changes)
     if resume and folder.finished:
         return None
     job = preflight(loaded)
     accelerator = Accelerator(cpu=job.hardware.kind == "cpu", mixed_precision="no")
     display = display or Display(quiet=not accelerator.is_main_process)
     _describe(job, display)
-    outcome = _train_and_prove(job, folder, accelerator, display, resume=resume)
+    try:
+        if accelerator.is_main_process:
+            folder.lock()
+        outcome = _train_and_prove(job, folder, accelerator, display, resuming if resume else None)
+    except StorageError as cause:
+        hint = "; what was saved before is as it was: go on with --resume" if folder.recipe.is_file() else ""
+        raise StorageError(f"{cause}{hint}") from cause
+    finally:
+        folder.release()
     _report(outcome, job.loaded.task, display, time.perf_counter() - began)
     return outcome
 
 
 def _train_and_prove(
-    job: Job, folder: RunFolder, accelerator: Accelerator, display: Display, *, resume: bool
+    job: Job, folder: RunFolder, accelerator: Accelerator, display: Display, resuming: Resuming | None
 ) -> Outcome:
     model = job.load_base()
     _describe_base(model, display)
     demonstrate = _demonstrator(job)
     before = demonstrate(model)
-    session, save = _session(job, model, folder, accelerator, display, resume=resume)
+    session, save = _session(job, model, folder, accelerator, display, resuming)
     del model
     if accelerator.is_main_process:
-        folder.open(job.loaded.as_yaml(), resume=resume)
+        accept = resuming is not None and resuming.accept_changes
+        folder.open(job.loaded.as_yaml(), resume=resuming is not None, accept_changes=accept)
         folder.rewind(session.step)
     accelerator.wait_for_everyone()
     verdict = train(session)
@@ -94,16 +117,15 @@ def _train_and_prove(
     after, test = session.kept_scores, _tested(session, job)
     demonstrations = [d for d in (before, demonstrate(session.model)) if d is not None]
     probe = Probe.of(session.model, job.loaded.task.probe(job.dataset.train[0], PROBE_TOKENS))
-    unproved = folder.adapter.with_name("adapter-unproved")
     before_training = (session.scores or [{}])[0]
     if accelerator.is_main_process:
-        save(unproved)
+        save(folder.unproved_adapter)
     del session, save
     gc.collect()  # the training state goes before a second base comes
     error = 0.0
     if accelerator.is_main_process:
-        error = _prove(job, unproved, probe)
-        os.replace(unproved, folder.adapter)
+        error = _prove(job, folder.unproved_adapter, probe)
+        move(folder.unproved_adapter, folder.adapter)
     accelerator.wait_for_everyone()
     return Outcome(folder.adapter, before_training, after, test, demonstrations, error)
 
@@ -117,12 +139,18 @@ def _tested(session: Session, job: Job) -> dict[str, float]:
 
 
 def _session(
-    job: Job, model: PreTrainedModel, folder: RunFolder, accelerator: Accelerator, display: Display, *, resume: bool
+    job: Job,
+    model: PreTrainedModel,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    display: Display,
+    resuming: Resuming | None = None,
 ) -> tuple[Session, Callable[[Path], None]]:
     """Attach, build the optimiser, and restore a checkpoint where there is one."""
     settings = job.loaded.recipe.train
     set_seed(settings.seed)
     base, parameters = fingerprint(model), footprint(model).parameters
+    untouched = ResidentProof.untouched_base(model, job.loaded.stack)
     stack = attach(
         model, job.loaded.stack, seed=settings.seed, tokenizer=job.reader.tokenizer, samples=_samples(job, model.device)
     )
@@ -154,11 +182,13 @@ def _session(
         folder=folder,
         display=display,
         save_adapter=lambda place: save(place),
+        prove=ResidentProof(stack, untouched, job.loaded.task.probe(job.dataset.train[0], PROBE_TOKENS)),
     )
     facts = _facts(job, [group.row(settings.learning_rate) for group in groups]) | {"parameters": parameters}
 
     def save(place: Path) -> None:
         run_facts = facts | {"steps": session.kept_step, "scores": session.kept_scores, "test": session.test}
+        run_facts |= {"changes": session.changes} if session.changes else {}
         artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
     trained = sum(group.elements for group in groups)
@@ -166,7 +196,8 @@ def _session(
     _describe_groups(groups, settings.learning_rate, display)
     if remark:
         display.line("note", remark)
-    _restore(session, facts["data"], resume=resume)
+    if resuming is not None:
+        go_on(session, facts["data"], changed=resuming.changed, accept_changes=resuming.accept_changes)
     return session, save
 
 
@@ -187,23 +218,6 @@ def _continue_from(job: Job, stack: Stack, folder: str) -> None:
     if before != labels:
         raise RecipeError(f"{folder} was trained on the classes {before}, and these are {labels}")
     artefact.fill(stack, folder)
-
-
-def _restore(session: Session, data: dict[str, Any], *, resume: bool) -> None:
-    checkpoint = session.folder.latest_checkpoint() if resume else None
-    if checkpoint is not None:
-        if artefact.read(checkpoint / "adapter").manifest.run["data"] != data:
-            raise RecipeError(f"the rows have changed since {checkpoint} was written, so it cannot be resumed")
-        progress = read_checkpoint(
-            checkpoint,
-            stack=session.stack,
-            optimizer=session.optimizer,
-            schedule=session.schedule,
-            scaler=session.scaler,
-        )
-        session.step, session.scores = progress["step"], progress["scores"]
-        session.selection = session.selection.resumed(progress["selection"])
-        session.display.line("resumed", f"after step {session.step}")
 
 
 def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:

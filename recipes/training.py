@@ -4,15 +4,13 @@ The gradient of a step is that of (sum of all losses in the window) / (weight of
 micro-batches or processes, and also in the short window at the end of an epoch.
 """
 
+import copy
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from onegpu.adapters import DeviceError, Interrupted, ProofFailed, Stack, artefact
+from onegpu.adapters import ArtefactError, DeviceError, Interrupted, ProofFailed, Stack, artefact
 from onegpu.adapters.device import peak_memory
+from onegpu.adapters.files import atomic_folder, damage, move, seal
 from onegpu.adapters.fingerprints import Fingerprint
 
 from .checkpoints import write_checkpoint
@@ -32,6 +31,7 @@ from .proofs import StepProof, explain_non_finite, first_bad_gradient, frozen_ba
 from .runfolder import RunFolder
 from .schema import Train
 from .selection import Selection
+from .stopping import asked_to_stop
 from .tasks import Batch, Example, Objective, Task
 
 __all__ = ["Session", "keep_best", "train"]
@@ -57,10 +57,12 @@ class Session:
     folder: RunFolder
     display: Display
     save_adapter: Callable[[Path], None]
+    prove: Callable[[Path], object]  # that a saved adapter is the one that is trained
     selection: Selection
     step: int = 0  # optimiser steps done
     scores: list[dict[str, float]] = field(default_factory=list)  # one per evaluation, the first with the adapter off
     test: dict[str, float] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)  # what a resumed run went on in spite of
     best_restored: bool = False  # the stack holds the adapter of the best evaluation again, not that of the last step
 
     @property
@@ -78,6 +80,11 @@ class Session:
         """What is called."""
         return self.stack.model
 
+    def progress(self) -> dict[str, Any]:
+        """Where the run stands, for a checkpoint."""
+        found = {"step": self.step, "scores": self.scores, "selection": self.selection.state(), "changes": self.changes}
+        return copy.deepcopy(found)
+
 
 def train(s: Session) -> str:
     """Run the remaining steps; returns the verdict of the step proof.
@@ -93,7 +100,7 @@ def train(s: Session) -> str:
         with s.stack.base_only():
             _evaluate(s)
     s.model.train()
-    with _asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
+    with asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
         while s.step < s.steps and not s.selection.exhausted:
             began = time.perf_counter()
             for attachment in s.stack.attachments:
@@ -133,14 +140,30 @@ def train(s: Session) -> str:
             bar.advance(record)
             if _due(s.settings.evaluate_every, s.step) and s.step < s.steps:
                 _evaluate(s)
-            if asked or (_due(s.settings.checkpoint_every, s.step) and s.step < s.steps):
+            stop = _anyone(s, asked)
+            if stop or _due(s.settings.checkpoint_every, s.step):
                 _checkpoint(s)
-            if asked:
-                raise Interrupted(f"interrupted after step {s.step}; go on with --resume")
-    if not s.selection.exhausted:
-        _evaluate(s)
-    frozen_base(s.stack, s.base)
+            if stop:
+                raise Interrupted(_interrupted(s))
+        before = s.progress()
+        if not s.selection.exhausted:
+            _evaluate(s)
+        frozen_base(s.stack, s.base)
+        if _anyone(s, asked):
+            _checkpoint(s, before)  # the last evaluation will be done again, and changes nothing
+            raise Interrupted(_interrupted(s))
     return proof.verdict()
+
+
+def _anyone(s: Session, asked: Sequence[int]) -> bool:
+    """Whether the user asked any process to stop: a signal reaches them at different times, and they stop together."""
+    if s.accelerator.num_processes == 1:
+        return bool(asked)
+    return bool(s.accelerator.reduce(torch.tensor(len(asked), device=s.accelerator.device), "sum").item())
+
+
+def _interrupted(s: Session) -> str:
+    return f"interrupted after step {s.step}; go on with --resume"
 
 
 def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.Parameter]) -> tuple[float, float]:
@@ -215,7 +238,9 @@ def _evaluate(s: Session) -> None:
     text = "  ".join(f"{name} {scores[name]:.4f}" for name in shown(s.task, scores))
     s.display.line(f"step {s.step}", f"held-out {text}")
     if s.step > 0 and s.selection.look(s.step, scores) and s.accelerator.is_main_process:
-        s.save_adapter(s.folder.best(s.step))
+        with atomic_folder(s.folder.best(s.step)) as partial:
+            s.save_adapter(partial / "adapter")
+            seal(partial)
 
 
 def keep_best(s: Session) -> None:
@@ -223,7 +248,10 @@ def keep_best(s: Session) -> None:
     if s.selection.step is None:
         return
     s.accelerator.wait_for_everyone()
-    artefact.fill(s.stack, s.folder.best(s.selection.step))
+    folder = s.folder.best(s.selection.step)
+    if fault := damage(folder):
+        raise ArtefactError(f"{folder} was damaged since it was written: {fault}. Go on with --resume")
+    artefact.fill(s.stack, folder / "adapter")
     ended = f"stopped after step {s.step}; " if s.selection.exhausted else ""
     s.display.line(
         "best",
@@ -232,17 +260,25 @@ def keep_best(s: Session) -> None:
     s.best_restored = True
 
 
-def _checkpoint(s: Session) -> None:
+def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
+    """Write, read back, load again, compare; only then it is one to resume from."""
     if s.accelerator.is_main_process:
+        unproved = s.folder.unproved(s.step)
+        s.folder.flush_records()
         write_checkpoint(
-            s.folder.checkpoint(s.step),
+            unproved,
             stack=s.stack,
             save_adapter=s.save_adapter,
             optimizer=s.optimizer,
             schedule=s.schedule,
             scaler=s.scaler,
-            progress={"step": s.step, "scores": s.scores, "selection": s.selection.state()},
+            progress=progress or s.progress(),
         )
+        try:
+            s.prove(unproved / "adapter")
+        except ProofFailed as cause:
+            raise ProofFailed(f"step {s.step}: {cause} (kept aside as {unproved})") from cause
+        move(unproved, s.folder.checkpoint(s.step))
         s.folder.drop_old_checkpoints()
     s.accelerator.wait_for_everyone()
 
@@ -259,23 +295,3 @@ def _out_of_memory(batch: Batch) -> str:
         f"set train.micro_batch to {smaller} (the result stays the same), train.gradient_checkpointing to true, "
         "or a smaller max_length"
     )
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Becomes non-empty at the first Ctrl-C, so that the current step can end; the second one interrupts at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from onegpu.adapters import Interrupted, RecipeError, Unavailable
+from onegpu.adapters.files import seal
 from onegpu.recipes import Loaded, Outcome, run as run_recipe, training
 from onegpu.recipes.training import Session
 
@@ -172,9 +173,9 @@ def begun(chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"train": {"steps": 4, "learning_rate": 0.02}}, ["- learning_rate: 0.01", "+ learning_rate: 0.02"]),
-        ({"train": {"steps": 5}}, ["- steps: 4", "+ steps: 5"]),
-        ({"train": {"steps": 4}, "adapters": [{"lora": {"rank": 5}}]}, ["- rank: 4", "+ rank: 5"]),
+        ({"train": {"steps": 4, "learning_rate": 0.02}}, ["train.learning_rate: 0.01 -> 0.02"]),
+        ({"train": {"steps": 5}}, ["train.steps: 4 -> 5"]),
+        ({"train": {"steps": 4}, "adapters": [{"lora": {"rank": 5}}]}, ["adapters.0.lora.rank: 4 -> 5"]),
     ],
 )
 def test_a_changed_recipe_is_not_resumed_and_the_change_is_named(
@@ -182,7 +183,9 @@ def test_a_changed_recipe_is_not_resumed_and_the_change_is_named(
 ) -> None:
     with pytest.raises(RecipeError, match="another recipe") as caught:
         run(chat_recipe(**change), resume=True)
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == told
+    first, *lines, last = str(caught.value).splitlines()
+    assert [line.strip() for line in lines] == told
+    assert "--accept-changes" in last
 
 
 def test_another_number_of_threads_is_refused_since_bits_would_differ(
@@ -201,15 +204,8 @@ def test_other_versions_are_refused(begun: Path, chat_recipe: Recipe, run: Run) 
     content = json.loads(state.read_text("utf-8"))
     content["environment"]["torch"] = "1.0"
     state.write_text(json.dumps(content), "utf-8")
+    seal(state.parent)
     with pytest.raises(Unavailable, match=r"torch was 1\.0 and is "):
-        run(chat_recipe(train={"steps": 4}), resume=True)
-
-
-@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "random.safetensors"])
-def test_a_damaged_checkpoint_is_refused_by_name(name: str, begun: Path, chat_recipe: Recipe, run: Run) -> None:
-    path = begun / "checkpoints/step-000002" / name
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(RecipeError, match="step-000002 cannot be read"):
         run(chat_recipe(train={"steps": 4}), resume=True)
 
 
@@ -238,5 +234,5 @@ def test_other_data_is_not_resumed(
     with pytest.raises(Interrupted):
         run(loaded)
     shutil.copy(jsonl(rows[::-1], "others.jsonl"), str(loaded.task.data))
-    with pytest.raises(RecipeError, match=r"the rows have changed since .*step-000002 was written"):
+    with pytest.raises(RecipeError, match=r"the rows changed since .*step-000002 was written"):
         run(loaded, resume=True)

@@ -423,8 +423,8 @@ def test_a_changed_recipe_is_not_resumed(workplace: Path, onegpu: Command) -> No
     shutil.rmtree(workplace / "out/adapter")
     code, _, err = onegpu("run", "recipe.yaml", "-o", "out", "--resume", "--set", "train.seed=5")
     assert code == 2
-    assert "- seed: 0" in err
-    assert "+ seed: 5" in err
+    assert "train.seed: 0 -> 5" in err
+    assert "--accept-changes" in err
 
 
 def test_threads_are_part_of_a_run(workplace: Path, onegpu: Command) -> None:

@@ -52,11 +52,11 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        (RECIPE.replace("rank: 2", "rank: 3"), ["- rank: 2", "+ rank: 3"]),
-        (RECIPE + "base: x\n", ["+ base: x"]),
+        (RECIPE.replace("rank: 2", "rank: 3"), ["adapters.0.lora.rank: 2 -> 3"]),
+        (RECIPE + "base: x\n", ['base: (not there) -> "x"']),
         (
             RECIPE.replace("rank: 2", "rank: 0").replace("rank: 4", "rank: 2").replace("rank: 0", "rank: 4"),
-            ["rank: 2", "rank: 4"],
+            ["adapters.0.lora.rank: 2 -> 4", "adapters.1.lora.rank: 4 -> 2"],
         ),
     ],
     ids=["a value", "a key", "two values changed places"],
@@ -68,11 +68,11 @@ def test_another_recipe_is_refused_and_the_change_named(folder: RunFolder, chang
         assert line in str(caught.value)
 
 
-def test_the_latest_checkpoint_is_the_highest_complete_one(folder: RunFolder) -> None:
-    assert folder.latest_checkpoint() is None
+def test_checkpoints_are_the_complete_ones_newest_first(folder: RunFolder) -> None:
+    assert folder.newest_first() == []
     for name in ("step-000009", "step-000010", ".step-000011.partial"):
         (folder.checkpoints / name).mkdir(parents=True)
-    assert folder.latest_checkpoint() == folder.checkpoint(10)
+    assert folder.newest_first() == [folder.checkpoint(10), folder.checkpoint(9)]
 
 
 def test_all_but_two_checkpoints_are_dropped(folder: RunFolder) -> None:

@@ -158,7 +158,7 @@ def test_a_student_that_goes_on_from_its_teacher_has_nothing_to_learn(
 def _session_of(loaded: Loaded, folder: Path) -> Any:
     job = preflight(loaded)
     return running._session(
-        job, job.load_base(), RunFolder(folder / "unwritten"), Accelerator(cpu=True), Display(quiet=True), resume=False
+        job, job.load_base(), RunFolder(folder / "unwritten"), Accelerator(cpu=True), Display(quiet=True)
     )
 
 

@@ -270,7 +270,7 @@ def test_evaluations_come_before_the_first_step_on_the_cadence_and_after_the_las
     assert (lines[0]["evaluation"], lines[-1]["evaluation"]) == (outcome.before, outcome.after)
 
 
-@pytest.mark.parametrize(("every", "kept"), [(2, [2, 4]), (1, [3, 4]), (None, []), (5, [])])
+@pytest.mark.parametrize(("every", "kept"), [(2, [2, 4]), (1, [4, 5]), (None, []), (5, [5])])
 def test_checkpoints_come_on_their_cadence_and_the_last_two_are_kept(
     every: int | None, kept: list[int], chat_recipe: Recipe, run: Run, tmp_path: Path
 ) -> None:

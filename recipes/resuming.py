@@ -1,0 +1,97 @@
+"""Where a run goes on: from its newest checkpoint that is whole, in what it began with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onegpu.adapters import RecipeError, Unavailable, artefact
+from onegpu.adapters.files import damage
+from onegpu.adapters.fingerprints import Fingerprint
+
+from .checkpoints import environment, read_state, restore
+from .runfolder import RunFolder
+from .training import Session
+
+__all__ = ["go_on"]
+
+FLAG = "--accept-changes"
+
+
+def go_on(session: Session, data: Mapping[str, Any], *, changed: Sequence[str], accept_changes: bool) -> None:
+    """Restore a session from the newest checkpoint that is whole; without any it stays at step 0.
+
+    Args:
+        data: what the manifest says of the rows of this run.
+        changed: settings that differ from those that the run began with, and were accepted.
+        accept_changes: go on although the result will not be that of an uninterrupted run; its manifest says so.
+
+    Raises:
+        RecipeError: rows, base or optimiser are others than the run began with, or its steps are behind it.
+        Unavailable: versions, or the number of threads, are; bits would differ.
+    """
+    folder, state = _usable(session)
+    if folder is None:
+        if session.folder.recipe.is_file():
+            session.display.line("resumed", "from the start, as there is no checkpoint to use")
+        return
+    progress = state["progress"]
+    if progress["step"] > session.steps:
+        raise RecipeError(f"the run did {progress['step']} steps already, and the recipe asks for {session.steps}")
+    others = _other_content(folder, session.base, data)
+    if others and not accept_changes:
+        raise RecipeError(
+            f"{' and '.join(others)} changed since {folder} was written, so it cannot be resumed exactly; {FLAG} goes "
+            "on all the same, and the manifest will say so"
+        )
+    machine = _other_machine(state["environment"])
+    if machine and not accept_changes:
+        raise Unavailable(
+            f"{folder} cannot be resumed exactly here: "
+            + "; ".join(f"{name} was {before} and is {now}" for name, before, now in machine)
+            + f". Run it where it began, or add {FLAG}: its bits will be others, and the manifest will say so"
+        )
+    restore(
+        folder,
+        state,
+        stack=session.stack,
+        optimizer=session.optimizer,
+        schedule=session.schedule,
+        scaler=session.scaler,
+    )
+    session.step, session.scores = progress["step"], progress["scores"]
+    session.selection = session.selection.resumed(progress["selection"])
+    here = [*changed, *others, *(f"{name}: {before} -> {now}" for name, before, now in machine)]
+    session.changes = [*progress["changes"], *([{"step": session.step, "changed": here}] if here else [])]
+    session.display.line("resumed", f"after step {session.step}")
+    for change in here:
+        session.display.line("changed", change)
+
+
+def _usable(session: Session) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that is as it was written, with what it says; damaged ones are named."""
+    for checkpoint in session.folder.newest_first():
+        fault = _fault(session.folder, checkpoint)
+        if fault is None:
+            return checkpoint, read_state(checkpoint)
+        aside = session.folder.set_aside(checkpoint).name
+        session.display.line("damaged", f"{checkpoint}: {fault}; set aside as {aside}, the one before it is used")
+    return None, {}
+
+
+def _fault(folder: RunFolder, checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or with the best adapter so far, which a run that goes on from it needs."""
+    if fault := damage(checkpoint):
+        return fault
+    best = read_state(checkpoint)["progress"]["selection"]["step"]
+    fault = damage(folder.best(best)) if best is not None else None
+    return f"it needs {folder.best(best).name}, and there {fault}" if fault else None
+
+
+def _other_content(checkpoint: Path, base: Fingerprint, data: Mapping[str, Any]) -> list[str]:
+    manifest = artefact.read(checkpoint / "adapter").manifest
+    found = ["the rows"] if manifest.run.get("data") != data else []
+    return found + (["the base"] if manifest.base.fingerprint != base else [])
+
+
+def _other_machine(before: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, before.get(name), now) for name, now in environment().items() if before.get(name) != now]
