@@ -1,0 +1,126 @@
+"""A killed run loses nothing: real processes, killed by SIGKILL, and what they leave is resumed to the same bytes."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onegpu.recipes import Loaded
+
+PROGRAM = Path(__file__).with_name("killed_runs.py")
+UNALIKE = {"seconds", "peak_memory"}  # of two runs that are otherwise equal
+KILLED = 9  # a wait status
+# Rank 64 makes tensors of 4,096 elements, which the 8-bit optimiser does keep in 8 bits.
+LORA = {"lora": {"rank": 64, "dropout": 0.1}}
+BEST = {"best": {"metric": "loss"}, "evaluate_every": 1, "learning_rate": 0.3, "schedule": "constant"}
+TRAIN = {"steps": 10, "effective_batch": 3, "micro_batch": 2, "schedule": "linear", "checkpoint_every": 2}
+
+Recipe = Callable[..., Loaded]
+Kills = Sequence[Sequence[Any]]
+
+
+def _kill_and_resume(root: Path, jobs: Mapping[str, tuple[Loaded, Kills]]) -> None:
+    """Leave in `root/NAME` the finished runs `straight` and, one for each list of kills, `run-000` ..."""
+    for name, (loaded, _) in jobs.items():
+        (root / name).mkdir(parents=True)
+        (root / name / "recipe.yaml").write_text(loaded.as_yaml(), "utf-8")
+    written = [{"root": str(root / name), "kills": kills} for name, (_, kills) in jobs.items()]
+    (root / "jobs.json").write_text(json.dumps(written))
+    command = [sys.executable, str(PROGRAM), str(root / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(outcomes) == sum(len(kills) + 1 for _, kills in jobs.values())
+    for outcome in outcomes:
+        *before, last = outcome["statuses"]
+        assert last == 0, (outcome, done.stderr)
+        assert set(before) <= {KILLED, 0}, (outcome, done.stderr)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Every file of a run: its bytes; of the metrics, what does not depend on the clock."""
+    found: dict[str, Any] = {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+    lines = [json.loads(line) for line in found["metrics.jsonl"].decode().splitlines()]
+    found["metrics.jsonl"] = [{k: v for k, v in line.items() if k not in UNALIKE} for line in lines]
+    return found
+
+
+def _order(root: Path, name: str) -> dict[int, list[int]]:
+    """Which examples each step saw; of steps that were done twice, both times the same."""
+    seen: dict[int, list[int]] = {}
+    for line in (root / f"{name}.order").read_text().splitlines():
+        step, examples = json.loads(line)
+        assert seen.setdefault(step, examples) == examples
+    return seen
+
+
+def _same(root: Path) -> int:
+    """Every run came to what the one did that was not killed; returns how many there were."""
+    straight, order = _content(root / "straight"), _order(root, "straight")
+    assert "adapter/adapter_model.safetensors" in straight or "adapter/lora/adapter_model.safetensors" in straight
+    runs = sorted(path for path in root.glob("run-*") if path.is_dir())
+    for run in runs:
+        found = _content(run)
+        assert found.keys() == straight.keys(), run
+        assert [name for name in straight if found[name] != straight[name]] == [], run
+        assert _order(root, run.name) == order, run
+    return len(runs)
+
+
+# Eight rows to train on, three a step: steps 1 to 3 are epoch 0, 3 is its short window, 4 the first of epoch 1.
+CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
+    "in epoch 0": ([LORA], {}, 2),
+    "on an epoch edge": ([LORA], {"checkpoint_every": 3}, 4),
+    "mid-epoch": ([LORA], {"checkpoint_every": 4}, 5),
+    "accumulation, nf4 and groups": (["nf4", LORA, {"layerwise-lr": {"decay": 0.5}}], {"micro_batch": 1}, 5),
+    "8-bit optimiser": ([LORA], {"optimizer": "adamw-8bit", "weight_decay": 0.01}, 5),
+    "best checkpoint": ([LORA], BEST, 7),
+    "full": (["full"], {"optimizer": "adamw"}, 5),
+    "prefix and lora": ([LORA, {"prefix": {"length": 3}}], {}, 5),
+}
+
+
+SHORT = TRAIN | BEST | {"steps": 5}  # checkpoints at every other step, and keeps its best adapter
+
+
+def _short(chat_recipe: Recipe) -> Loaded:
+    return chat_recipe([{"lora": {"rank": 2, "dropout": 0.1}}], task={"evaluation": 0.2}, train=SHORT)
+
+
+def _instants(count: int, last: int) -> list[list[int]]:
+    """Runs that are killed, most of them once, at operations spread over the whole run."""
+    chance = random.Random(count)
+    found = []
+    for number in range(count):
+        first = chance.randint(1 + last * number // count, max(1, last * (number + 1) // count))
+        found.append([first, chance.randint(1, last)] if number % 4 == 3 else [first])
+    return found
+
+
+def test_ten_steps_are_four_and_a_kill_and_six_and_a_kill_at_any_instant_loses_nothing(
+    chat_recipe: Recipe, tmp_path: Path
+) -> None:
+    jobs: dict[str, tuple[Loaded, Kills]] = {
+        name: (chat_recipe(stack, task={"evaluation": 0.2}, train=TRAIN | train), [[f"step {step}"]])
+        for name, (stack, train, step) in CASES.items()
+    }
+    jobs["instants"] = _short(chat_recipe), _instants(8, 250)
+    _kill_and_resume(tmp_path, jobs)
+    assert {name: _same(tmp_path / name) for name in jobs} == {name: len(kills) for name, (_, kills) in jobs.items()}
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_of_130_instants_is_resumed_to_the_same_bytes(chat_recipe: Recipe, tmp_path: Path) -> None:
+    _kill_and_resume(tmp_path / "first", {"short": (_short(chat_recipe), [])})
+    last = int((tmp_path / "first/short/straight.operations").read_text())
+    assert last > 100
+    by_clock = [[round(0.05 * number, 2)] for number in range(1, 21)]
+    _kill_and_resume(tmp_path / "then", {"short": (_short(chat_recipe), [*_instants(110, last), *by_clock])})
+    assert _same(tmp_path / "then/short") == 130
