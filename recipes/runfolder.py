@@ -13,6 +13,7 @@ checkpoints/damaged-NNNNNN/   one that was found damaged when the run was resume
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ class RunFolder:
     def release(self) -> None:
         """Let other processes in again; no lock is left in the folder."""
         if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody can have it by that name
+            with suppress(OSError):  # a disk that became read-only: the lock goes all the same, its name stays
+                Path(self._lock.lock_file).unlink()  # while it is held: nobody can have it by that name
             self._lock.release()
 
     def check(self, recipe: str, *, resume: bool, accept_changes: bool = False) -> list[str]:
@@ -167,12 +169,16 @@ class RunFolder:
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield record
 
-    def rewind(self, step: int) -> None:
-        """Forget what came after `step`, which will be done again: from 0 on, the first evaluation too.
+    def rewind(self, step: int, evaluations: int = 0) -> None:
+        """Forget what came after `step` and so many evaluations, which will be done again: from 0 on, everything.
 
         Checkpoints after it, which were found damaged, are set aside.
         """
-        kept = [record for record in self.records() if record["step"] <= step and step > 0]
+        records = list(self.records()) if step else []
+        scored = [record for record in records if "evaluation" in record][:evaluations]  # the last step has one, too
+        kept = [
+            record for record in records if record["step"] <= step and ("evaluation" not in record or record in scored)
+        ]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         for folder in (self.path, self.checkpoints):
             sweep(folder)

@@ -109,7 +109,7 @@ def _train_and_prove(
     if accelerator.is_main_process:
         accept = resuming is not None and resuming.accept_changes
         folder.open(job.loaded.as_yaml(), resume=resuming is not None, accept_changes=accept)
-        folder.rewind(session.step)
+        folder.rewind(session.step, len(session.scores))
     accelerator.wait_for_everyone()
     verdict = train(session)
     display.line("trained", verdict)

@@ -183,7 +183,7 @@ def test_a_changed_recipe_is_not_resumed_and_the_change_is_named(
 ) -> None:
     with pytest.raises(RecipeError, match="another recipe") as caught:
         run(chat_recipe(**change), resume=True)
-    first, *lines, last = str(caught.value).splitlines()
+    _, *lines, last = str(caught.value).splitlines()
     assert [line.strip() for line in lines] == told
     assert "--accept-changes" in last
 

@@ -1,19 +1,23 @@
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from onegpu.adapters import RecipeError
+from onegpu.adapters import RecipeError, StorageError
 from onegpu.recipes.runfolder import RunFolder
 
 RECIPE = "adapters:\n- lora:\n    name: a\n    rank: 2\n- lora:\n    name: b\n    rank: 4\n"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
     """An open run folder."""
     folder = RunFolder(tmp_path / "deep/run")
     folder.open(RECIPE, resume=False)
-    return folder
+    yield folder
+    folder.release()
 
 
 def test_opening_makes_the_folder_and_keeps_the_recipe(folder: RunFolder) -> None:
@@ -96,6 +100,69 @@ def test_rewinding_forgets_what_will_be_done_again(folder: RunFolder, step: int,
         folder.record(step=number)
     folder.rewind(step)
     assert [record["step"] for record in folder.records()] == kept
+
+
+def test_an_evaluation_that_will_be_done_again_is_forgotten_and_no_step_is(folder: RunFolder) -> None:
+    for step in (1, 2):
+        folder.record(step=step, loss=0.1)
+        folder.record(step=step, evaluation={"loss": 0.2})
+    folder.rewind(2, evaluations=1)
+    assert [(r["step"], "evaluation" in r) for r in folder.records()] == [(1, False), (1, True), (2, False)]
+
+
+def test_rewinding_sets_damaged_checkpoints_aside_and_clears_what_a_killed_process_left(folder: RunFolder) -> None:
+    names = ("step-000002", "step-000004", "best-000002", "best-000003", "unproved-000004", ".step-4.x.partial")
+    for name in names:
+        (folder.checkpoints / name).mkdir(parents=True)
+    (folder.path / ".recipe.yaml.x.partial").touch()
+    (folder.path / ".mine").touch()
+    folder.rewind(2)
+    left = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
+    kept = {f"checkpoints/{name}" for name in ("step-000002", "damaged-000004", "best-000002")}
+    assert left == {"checkpoints", *kept, "metrics.jsonl", "recipe.yaml", ".mine", ".lock"}
+
+
+def test_a_folder_has_one_process_at_a_time(folder: RunFolder) -> None:
+    other = RunFolder(folder.path)
+    with pytest.raises(RecipeError, match="another process is working on the run in"):
+        other.lock()
+    folder.release()
+    assert [path.name for path in folder.path.iterdir()] == ["recipe.yaml"]
+    other.lock()
+    with pytest.raises(RecipeError, match="another process"):
+        folder.open(RECIPE, resume=True)
+    other.release()
+
+
+def test_a_process_that_is_killed_leaves_no_lock_behind(folder: RunFolder) -> None:
+    folder.release()
+    program = (
+        "import os, sys; from onegpu.recipes.runfolder import RunFolder\n"
+        "run = RunFolder(sys.argv[1]); run.lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(RecipeError, match="another process"):
+            folder.lock()
+        other.kill()
+    folder.lock()
+    folder.release()
+
+
+@pytest.mark.parametrize("place", ["file/run", "file/deep/run"])
+def test_a_folder_below_a_file_is_refused_before_anything_is_written(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file is a file") as caught:
+        RunFolder(tmp_path / place).check(RECIPE, resume=False)
+    assert caught.value.exit_code == 3
+
+
+def test_a_damaged_recipe_of_a_run_is_named(folder: RunFolder) -> None:
+    folder.recipe.write_bytes(b"adapters: [\xff")
+    with pytest.raises(RecipeError, match=r"recipe.yaml is damaged"):
+        folder.check(RECIPE, resume=True)
 
 
 def test_a_run_is_finished_when_its_manifest_is_there(folder: RunFolder) -> None:
