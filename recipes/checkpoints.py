@@ -4,7 +4,7 @@ step-000050/
   adapter/                the artefact as it stands
   optimizer.safetensors   every tensor of the optimiser's state
   state.json              everything else: schedule, loss scaling, adapters' own state, versions
-  random.safetensors      the random states of torch, per device
+  random.safetensors      the random states of torch, a row per process
   checksums.json          the digest of every file, so that damage is seen
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +29,7 @@ from onegpu.adapters import ArtefactError, RecipeError, Stack
 from onegpu.adapters.artefact import fill
 from onegpu.adapters.files import atomic_folder, seal, write_json
 
-__all__ = ["environment", "read_state", "restore", "undisturbed", "write_checkpoint"]
+__all__ = ["environment", "random_states", "read_state", "restore", "undisturbed", "write_checkpoint"]
 
 EXACTLY = ("onegpu", "torch", "transformers", "bitsandbytes")  # versions that a resumed run must share
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
@@ -42,9 +43,13 @@ def write_checkpoint(
     optimizer: Optimizer,
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
+    states: Mapping[str, Tensor],
     progress: Mapping[str, Any],
 ) -> None:
     """Write all that the next step depends on; the folder appears whole and sealed, or not at all.
+
+    Args:
+        states: of `random_states`, which every process has to call.
 
     Raises:
         StorageError: the disk is full, or the folder may not be written.
@@ -58,12 +63,12 @@ def write_checkpoint(
         "scaler": scaler.state_dict(),
         "adapters": {a.name: a.state() for a in stack.attachments},
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
-        "environment": environment(),
+        "environment": environment(len(states["cpu"])),
     }
     with atomic_folder(folder) as partial:
         save_adapter(partial / "adapter")
         save_file(tensors, partial / OPTIMIZER, metadata={"format": "pt"})
-        save_file(_torch_states(), partial / RANDOM, metadata={"format": "pt"})
+        save_file(dict(states), partial / RANDOM, metadata={"format": "pt"})
         write_json(partial / STATE, state)
         _confirm(tensors, partial / OPTIMIZER)
         seal(partial)
@@ -100,6 +105,7 @@ def restore(
     optimizer: Optimizer,
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
+    process: int,
 ) -> None:
     """Make everything live what it was when the checkpoint was written. Rates follow from the recipe and the step.
 
@@ -118,7 +124,9 @@ def restore(
         scaler.load_state_dict(state["scaler"])
         for attachment in stack.attachments:
             attachment.load_state(state["adapters"][attachment.name])
-        _restore_random(state["random"], states)
+        # A copy of the row: torch crashes on a state that is a view into other ones.
+        own = {name: rows[min(process, len(rows) - 1)].clone() for name, rows in states.items()}
+        _restore_random(state["random"], own)
     except (SafetensorError, KeyError, TypeError) as cause:
         raise RecipeError(f"the checkpoint {folder} does not fit this run: {cause}") from cause
 
@@ -133,9 +141,15 @@ def _restore_schedule(schedule: LRScheduler, optimizer: Optimizer, state: Mappin
         group["lr"] = rate
 
 
-def environment() -> dict[str, Any]:
+def environment(processes: int) -> dict[str, Any]:
     """What of this machine the bits depend on."""
-    return {"threads": torch.get_num_threads(), **{name: version(name) for name in EXACTLY}}
+    return {"processes": processes, "threads": torch.get_num_threads(), **{name: version(name) for name in EXACTLY}}
+
+
+def random_states(accelerator: Accelerator) -> dict[str, Tensor]:
+    """The random states of torch by kind of device: (processes, bytes). Every process has to call it."""
+    own = {name: state[None].to(accelerator.device) for name, state in _torch_states().items()}
+    return {name: accelerator.gather(state).cpu() for name, state in own.items()}
 
 
 @contextmanager
@@ -196,9 +210,7 @@ def _numpy_state() -> list[Any]:
 
 def _torch_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def _restore_random(stored: Mapping[str, Any], states: Mapping[str, Tensor]) -> None:
@@ -207,6 +219,5 @@ def _restore_random(stored: Mapping[str, Any], states: Mapping[str, Tensor]) -> 
     name, keys, *rest = stored["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
     torch.set_rng_state(states["cpu"])
-    for key, state in states.items():
-        if key.startswith("cuda"):
-            torch.cuda.set_rng_state(state, key)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -43,7 +43,7 @@ def go_on(session: Session, data: Mapping[str, Any], *, changed: Sequence[str], 
             f"{' and '.join(others)} changed since {folder} was written, so it cannot be resumed exactly; {FLAG} goes "
             "on all the same, and the manifest will say so"
         )
-    machine = _other_machine(state["environment"])
+    machine = _other_machine(state["environment"], environment(session.accelerator.num_processes))
     if machine and not accept_changes:
         raise Unavailable(
             f"{folder} cannot be resumed exactly here: "
@@ -57,6 +57,7 @@ def go_on(session: Session, data: Mapping[str, Any], *, changed: Sequence[str], 
         optimizer=session.optimizer,
         schedule=session.schedule,
         scaler=session.scaler,
+        process=session.accelerator.process_index,
     )
     session.step, session.scores = progress["step"], progress["scores"]
     session.selection = session.selection.resumed(progress["selection"])
@@ -93,5 +94,5 @@ def _other_content(checkpoint: Path, base: Fingerprint, data: Mapping[str, Any])
     return found + (["the base"] if manifest.base.fingerprint != base else [])
 
 
-def _other_machine(before: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(name, before.get(name), now) for name, now in environment().items() if before.get(name) != now]
+def _other_machine(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, before.get(name), now) for name, now in here.items() if before.get(name) != now]

@@ -23,7 +23,7 @@ from onegpu.adapters.device import peak_memory
 from onegpu.adapters.files import atomic_folder, damage, move, seal
 from onegpu.adapters.fingerprints import Fingerprint
 
-from .checkpoints import write_checkpoint
+from .checkpoints import random_states, write_checkpoint
 from .data.batches import Plan, micro_batches
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
@@ -262,6 +262,7 @@ def keep_best(s: Session) -> None:
 
 def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
     """Write, read back, load again, compare; only then it is one to resume from."""
+    states = random_states(s.accelerator)
     if s.accelerator.is_main_process:
         unproved = s.folder.unproved(s.step)
         s.folder.flush_records()
@@ -272,6 +273,7 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
             optimizer=s.optimizer,
             schedule=s.schedule,
             scaler=s.scaler,
+            states=states,
             progress=progress or s.progress(),
         )
         try:

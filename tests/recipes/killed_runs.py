@@ -5,8 +5,9 @@
 JOBS.json: [{"root": folder with recipe.yaml, "kills": [[how, ...], ...]}, ...]. Each list of `how` is one run: it is
 killed as the first says, resumed and killed as the second says, and so on, then resumed to its end. `how` is a number,
 the file-system operation in the folder of the run before which the process kills itself; a float, seconds after which
-it is killed; or `"step N"`, in the middle of that step. The run `straight` is not killed, and is done by this process
-itself, so that all is imported when the others are forked. Output: a JSON object for each run.
+it is killed; `"step N"`, in the middle of that step; or `"asked N"`, SIGTERM in that step, after which it ends itself.
+The run `straight` is not killed, and is done by this process itself, so that all is imported when the others are
+forked. Output: a JSON object for each run.
 """
 
 import json
@@ -50,13 +51,13 @@ def at_operation(number: int, folder: Path) -> list[int]:
     return seen
 
 
-def in_step(number: int) -> None:
+def in_step(number: int, what: signal.Signals) -> None:
     real = training._accumulate
 
     def accumulate(s: Any, *args: Any) -> Any:
         found = real(s, *args)
         if s.step + 1 == number:
-            die()
+            os.kill(os.getpid(), what)
         return found
 
     training._accumulate = accumulate
@@ -91,7 +92,7 @@ def _work(recipe: str, folder: Path, how: Any) -> int:
     torch.manual_seed(int.from_bytes(os.urandom(4)))  # whatever a process begins with
     seen: list[int] = []
     if isinstance(how, str):
-        in_step(int(how.split()[1]))
+        in_step(int(how.split()[1]), signal.SIGTERM if how.startswith("asked") else signal.SIGKILL)
     else:
         seen = at_operation(how if isinstance(how, int) else 0, folder)
     note_order(folder.with_suffix(".order"))

@@ -1,6 +1,7 @@
 """A killed run loses nothing: real processes, killed by SIGKILL, and what they leave is resumed to the same bytes."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from onegpu.recipes import Loaded
 
 PROGRAM = Path(__file__).with_name("killed_runs.py")
 UNALIKE = {"seconds", "peak_memory"}  # of two runs that are otherwise equal
-KILLED = 9  # a wait status
+KILLED, INTERRUPTED = 9, 130 << 8  # wait statuses
 # Rank 64 makes tensors of 4,096 elements, which the 8-bit optimiser does keep in 8 bits.
 LORA = {"lora": {"rank": 64, "dropout": 0.1}}
 BEST = {"best": {"metric": "loss"}, "evaluate_every": 1, "learning_rate": 0.3, "schedule": "constant"}
@@ -39,7 +40,7 @@ def _kill_and_resume(root: Path, jobs: Mapping[str, tuple[Loaded, Kills]]) -> No
     for outcome in outcomes:
         *before, last = outcome["statuses"]
         assert last == 0, (outcome, done.stderr)
-        assert set(before) <= {KILLED, 0}, (outcome, done.stderr)
+        assert set(before) <= {KILLED, INTERRUPTED, 0}, (outcome, done.stderr)
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def test_ten_steps_are_four_and_a_kill_and_six_and_a_kill_at_any_instant_loses_n
         name: (chat_recipe(stack, task={"evaluation": 0.2}, train=TRAIN | train), [[f"step {step}"]])
         for name, (stack, train, step) in CASES.items()
     }
+    jobs["asked"] = _short(chat_recipe), [["asked 2"], ["asked 4", "step 4"]]
     jobs["instants"] = _short(chat_recipe), _instants(8, 250)
     _kill_and_resume(tmp_path, jobs)
     assert {name: _same(tmp_path / name) for name in jobs} == {name: len(kills) for name, (_, kills) in jobs.items()}
@@ -124,3 +126,45 @@ def test_a_run_killed_at_any_of_130_instants_is_resumed_to_the_same_bytes(chat_r
     by_clock = [[round(0.05 * number, 2)] for number in range(1, 21)]
     _kill_and_resume(tmp_path / "then", {"short": (_short(chat_recipe), [*_instants(110, last), *by_clock])})
     assert _same(tmp_path / "then/short") == 130
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+import torch
+from onegpu.recipes import cli, training
+
+torch.set_num_threads(1)
+asked, real = sys.argv.pop(1), training._accumulate
+
+def accumulate(s, *args):
+    if f"{os.environ['RANK']} {s.step + 1}" == asked:
+        signal.raise_signal(signal.SIGTERM)
+    return real(s, *args)
+
+training._accumulate = accumulate
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_run_stop_together_and_go_on(chat_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(_short(chat_recipe).as_yaml(), "utf-8")
+    (tmp_path / "go.py").write_text(TWO_PROCESSES, "utf-8")
+
+    def launch(name: str, asked: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["go.py", asked, "run", "recipe.yaml", "-o", name, *options]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert launch("straight", "nobody").returncode == 0
+    stopped = launch("run-000", "1 3")  # only the second process is asked
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("onegpu: interrupted after step 3") == 2, stopped.stderr[-3000:]
+    assert (tmp_path / "run-000/checkpoints/step-000003").is_dir()
+    assert not (tmp_path / "run-000/.lock").exists()
+    resumed = launch("run-000", "nobody", "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    straight, found = _content(tmp_path / "straight"), _content(tmp_path / "run-000")
+    assert [name for name in straight if name in found and found[name] != straight[name]] == []
+    assert straight.keys() - found.keys() <= {name for name in straight if "step-000002" in name}
