@@ -9,7 +9,7 @@ from torch import nn
 from onegpu.adapters import OnegpuError, ProofFailed, Stack, load
 from onegpu.adapters.artefact import confirm
 from onegpu.adapters.specs import Named
-from onegpu.adapters.twin import twin
+from onegpu.adapters.twins import twin
 
 from .checkpoints import undisturbed
 from .proofs import Probe, round_trip

@@ -54,13 +54,13 @@ def at_operation(number: int, folder: Path) -> list[int]:
 def in_step(number: int, what: signal.Signals) -> None:
     real = training._accumulate
 
-    def accumulate(s: Any, *args: Any) -> Any:
+    def accumulate(s: training.Session, *args: Any) -> tuple[float, float]:
         found = real(s, *args)
         if s.step + 1 == number:
             os.kill(os.getpid(), what)
         return found
 
-    training._accumulate = accumulate
+    training._accumulate = accumulate  # type: ignore[assignment]
 
 
 def note_order(path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from onegpu.adapters import ProofFailed, artefact
 from onegpu.adapters.files import damage
 from onegpu.recipes import Loaded, Outcome, training
+from onegpu.recipes.checkpoints import write_checkpoint
 from onegpu.recipes.resident_proof import ResidentProof
 
 LORA = {"lora": {"rank": 4, "dropout": 0.1}}
@@ -30,8 +31,9 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     real = ResidentProof.__call__
 
     def prove(self: ResidentProof, folder: Path) -> float | None:
-        found.append(real(self, folder))
-        return found[-1]
+        error = real(self, folder)
+        found.append(error)
+        return error
 
     monkeypatch.setattr(ResidentProof, "__call__", prove)
     return found
@@ -61,7 +63,7 @@ def test_where_the_base_is_trained_only_the_bytes_are_compared(
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
     """Change what is saved at step 4."""
-    real = training.write_checkpoint
+    real = write_checkpoint
 
     def write(folder: Path, **live: Any) -> None:
         real(folder, **live)

@@ -9,7 +9,7 @@ from onegpu.adapters import ADAPTERS, attach, entries, get, load, save
 from onegpu.adapters.conformance.case import case_of, trained
 from onegpu.adapters.conformance.table import PROOFS, Proof
 from onegpu.adapters.fingerprints import differences, fingerprint
-from onegpu.adapters.twin import twin
+from onegpu.adapters.twins import twin
 
 OURS = [entry.name for entry in entries(ADAPTERS) if entry.distribution == "onegpu"]
 NOT_ALONE = {"xlora"}  # refuses every model
