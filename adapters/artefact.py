@@ -11,7 +11,7 @@ everything else is JSON: nothing is ever unpickled, and nothing in a folder can 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from transformers.models.auto import modeling_auto
 from . import registry
 from .attaching import attach
 from .contract import Adapter, Attachment
-from .errors import ArtefactError, PluginError, nearest
+from .errors import ArtefactError, PluginError
 from .files import atomic_folder, write_json, write_text
-from .fingerprints import Fingerprint, differences, fingerprint
+from .fingerprints import Fingerprint, fingerprint
+from .fitting import check_base, config_faults, finite_faults, misfit, refuse_excess, tensor_faults, vocabulary
 from .frozen_linear import packed_as
 from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, is_peft_folder, read
 from .registry import ADAPTERS
+from .specs import build
 from .stack import Stack
 from .structure import head_modules
 
@@ -96,9 +98,11 @@ def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = Fa
     if not (folder / MANIFEST).exists() and is_peft_folder(folder):
         return _load_from_peft(model, folder)
     saved = read(folder)
-    if not allow_base_mismatch:
-        _check_base(saved, model)
-    stack = attach(model, [_spec(record) for record in _attachable(saved, model)], fresh=False)
+    mismatch = check_base(saved, model, allow=allow_base_mismatch)
+    named = build([_spec(record) for record in _attachable(saved, model)])
+    refuse_excess(saved, model, named)
+    stack = attach(model, named, fresh=False)
+    stack.base_mismatch = saved.manifest.base_mismatch + mismatch
     try:
         _fill(stack, saved)
     except BaseException:
@@ -215,10 +219,12 @@ def _manifest(
             model_class=type(stack.root).__name__,
             dtype="/".join(sorted(dtypes)) or "float32",
             packed_as=packed_as(stack.root),
+            vocabulary=vocabulary(stack.root),
             fingerprint=base or fingerprint(stack.root),
         ),
         adapters=records,
         heads=sorted(stack.heads),
+        base_mismatch=stack.base_mismatch,
         versions={name: version(name) for name in LIBRARIES},
         run=dict(run),
     )
@@ -238,25 +244,6 @@ def _config(stack: Stack, attachment: Attachment | None, source: str | None) -> 
         owned = [head for head in head_modules(stack.root) if any(name.startswith(f"{head}.") for name in stack.heads)]
         config["modules_to_save"] = sorted(owned)
     return config
-
-
-def _check_base(saved: Saved, model: nn.Module) -> None:
-    base = saved.manifest.base
-    faults, skipped = differences(base.fingerprint, model)
-    if not faults and len(skipped) == len({name.partition("#")[0] for name in base.fingerprint.tensors}):
-        faults = ["no tensor of it could be compared"]
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ArtefactError(
-            f"{saved.folder} was trained on {base.source or base.model_class}, and this model is another: "
-            f"{'; '.join(faults[:3])}{more}. Pass allow_base_mismatch=True to go on all the same"
-        )
-    if skipped:
-        warnings.warn(
-            f"{saved.folder} was trained on a base packed as {base.packed_as}, and this one is {packed_as(model)}: "
-            f"{len(skipped)} packed linears could not be compared, and results will differ a little",
-            stacklevel=3,
-        )
 
 
 def _attachable(saved: Saved, model: nn.Module) -> list[AdapterRecord]:
@@ -295,28 +282,27 @@ def _load_from_peft(model: nn.Module, folder: Path) -> Stack:
     for adapter in theirs.adapters:
         stack = attach(model, [adapter], fresh=False)
         expected = _tensor_files(stack)
-        if not (faults := _tensor_faults(expected.get(".", ({}, None))[0], theirs.tensors)):
+        faults = tensor_faults(expected.get(".", ({}, None))[0], theirs.tensors) or finite_faults(theirs.tensors)
+        if not faults:
             _take(stack, expected, {".": theirs.tensors})
             return stack
         stack.detach()
-    raise _misfit(folder, faults)
+    raise misfit(folder, faults)
 
 
 def _fill(stack: Stack, saved: Saved) -> None:
     expected = _tensor_files(stack)
-    faults = [f"{name} is missing" for name in expected.keys() - saved.tensors.keys()]
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - saved.tensors.keys())]
+    faults += [f"{name} belongs to no adapter" for name in sorted(saved.tensors.keys() - expected.keys())]
     for name, (own, attachment) in expected.items():
         if name in saved.tensors:
-            faults += _tensor_faults(own, saved.tensors[name])
-            faults += _config_faults(_config(stack, attachment, saved.manifest.base.source), saved.configs[name])
+            faults += tensor_faults(own, saved.tensors[name])
+            faults += config_faults(_config(stack, attachment, saved.manifest.base.source), saved.configs[name])
+    if not faults:  # only now may values be looked at: what fits is no larger than the adapter
+        faults = [fault for name in expected for fault in finite_faults(saved.tensors[name])]
     if faults:
-        raise _misfit(saved.folder, faults)
+        raise misfit(saved.folder, faults)
     _take(stack, expected, saved.tensors)
-
-
-def _misfit(folder: Path, faults: Sequence[str]) -> ArtefactError:
-    more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-    return ArtefactError(f"{folder} does not fit this model: {'; '.join(faults[:5])}{more}")
 
 
 @torch.no_grad()
@@ -334,20 +320,3 @@ def _take(
                 parameter.copy_(value)
         if attachment is not None:
             attachment.load_tensors(values)
-
-
-def _tensor_faults(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    faults = [f"{key} is missing" for key in sorted(own.keys() - given.keys())]
-    faults += [f"{key} is not expected{nearest(key, own, list_all=False)}" for key in sorted(given.keys() - own.keys())]
-    for key in sorted(own.keys() & given.keys()):
-        ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (own[key], given[key]))
-        if ours != theirs:
-            faults.append(f"{key} is {theirs}, and {ours} is needed")
-    return faults
-
-
-def _config_faults(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Settings that PEFT would follow and we would not. Empty ones, and another path of the base, do no harm."""
-    keys = sorted((own.keys() | {key for key, value in given.items() if value}) - {"base_model_name_or_path"})
-    changed = [key for key in keys if own.get(key) != given.get(key)]
-    return [f"{CONFIG} says {key}: {given.get(key)!r}, the manifest {own.get(key)!r}" for key in changed]

@@ -1,13 +1,15 @@
 """Loads a base model, as the loading stage of a stack wants it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .contract import LoadOptions
 from .device import Hardware, Precision, attention, compute_dtype, detect
@@ -15,7 +17,7 @@ from .errors import RecipeError
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
 from .quiet import quietly
-from .sources import Source, locate
+from .sources import SAFELY, Source, locate
 from .specs import Named, Spec, build, check_family, refuse_half
 from .structure import head_modules, output_embeddings
 
@@ -75,10 +77,10 @@ def load_base(
         extra |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if options.quantization_config is not None:
         extra |= {"quantization_config": options.quantization_config, "device_map": {"": options.device}}
-    with quietly(), torch.random.fork_rng():
+    with quietly(), torch.random.fork_rng(), _readable(found.written):
         torch.manual_seed(seed)
         model, info = AUTO[kind].from_pretrained(
-            place, dtype=options.dtype, revision=found.revision, output_loading_info=True, **extra
+            place, dtype=options.dtype, revision=found.revision, output_loading_info=True, **SAFELY, **extra
         )
     _refuse_random_backbone(model, info["missing_keys"], found.written)
     for step in options.after_load:
@@ -87,6 +89,15 @@ def load_base(
         _forget_quantizer(model)
     loaded: PreTrainedModel = model.to(options.device)
     return loaded
+
+
+@contextmanager
+def _readable(written: str) -> Iterator[None]:
+    """A checkpoint that is damaged, or has no safetensors, is a fault of the base."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as cause:
+        raise RecipeError(f"the weights of base {written!r} cannot be read: {_first_line(cause)}") from cause
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
@@ -134,12 +145,22 @@ def load_options(
 def _skeleton(place: str, kind: Kind, revision: str | None) -> PreTrainedModel:
     """The model without weights."""
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision)
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             skeleton: PreTrainedModel = AUTO[kind].from_config(config)
     except (ValueError, KeyError, OSError) as cause:
-        raise RecipeError(f"base {place!r} cannot be used as a {kind} model: {_first_line(cause)}") from cause
+        raise RecipeError(f"base {place!r} cannot be used as a {kind} model: {_why(place, revision, cause)}") from cause
     return skeleton
+
+
+def _why(place: str, revision: str | None, cause: Exception) -> str:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+    except (ValueError, OSError):
+        return _first_line(cause)
+    if "auto_map" in config:
+        return "it needs Python code of its own (`auto_map` in its config.json), which is never executed"
+    return _first_line(cause)
 
 
 def _refuse_foreign_packing(skeleton: PreTrainedModel, place: str, stack: Sequence[Named]) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 from .errors import RecipeError
 from .files import atomic_folder, cache_folder
 from .quiet import quietly
+from .sources import SAFELY
 from .structure import NEW_MODULES, family
 
 __all__ = ["compose", "composed"]
@@ -96,7 +97,7 @@ def _joined(encoder: Path, decoder: Path) -> EncoderDecoderModel:
 def _encoder_config(place: Path) -> PreTrainedConfig:
     """The configuration of a part, which must be a model that only encodes."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
         with torch.device("meta"):
             found, kind = family(AutoModel.from_config(config))
     except (ValueError, KeyError, OSError) as cause:
@@ -109,11 +110,13 @@ def _encoder_config(place: Path) -> PreTrainedConfig:
 def _read(place: Path, auto: Any, config: PreTrainedConfig) -> tuple[PreTrainedModel, Set[str]]:
     """A part, and the names of its tensors that started random; of what it has as an encoder, none may."""
     try:
-        model, info = auto.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
+        model, info = auto.from_pretrained(
+            place, config=config, dtype=torch.float32, output_loading_info=True, **SAFELY
+        )
     except (ValueError, KeyError, OSError) as cause:
         raise RecipeError(f"base part {str(place)!r} cannot be a decoder: {_first_line(cause)}") from cause
     with torch.device("meta"):
-        known = AutoModel.from_config(AutoConfig.from_pretrained(place)).state_dict()
+        known = AutoModel.from_config(AutoConfig.from_pretrained(place, trust_remote_code=False)).state_dict()
     prefix = f"{model.base_model_prefix}."
     missing = {name: name.removeprefix(prefix) for name in info["missing_keys"]}
     # Nothing in an encoder-decoder reads what its encoder pools.
@@ -138,7 +141,7 @@ def _outermost(module: nn.Module, started: Set[int], path: str = "") -> Iterator
 
 def _shared_tokenizer(encoder: Path, decoder: Path) -> Any:
     try:
-        first, second = (AutoTokenizer.from_pretrained(part) for part in (encoder, decoder))
+        first, second = (AutoTokenizer.from_pretrained(part, trust_remote_code=False) for part in (encoder, decoder))
     except (ValueError, KeyError, OSError) as cause:
         raise RecipeError(f"a part of the base has no tokenizer that can be read: {_first_line(cause)}") from cause
     for part, tokenizer in ((encoder, first), (decoder, second)):

@@ -19,6 +19,7 @@ A message names the place and the valid choices; no traceback is needed to act o
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from reprlib import Repr
 
 __all__ = [
     "OnegpuError",
@@ -34,8 +35,12 @@ __all__ = [
     "StorageError",
     "ProofFailed",
     "Interrupted",
+    "brief",
     "nearest",
 ]
+
+
+LONGEST_VALUE = 240  # characters of a value in a message
 
 
 class OnegpuError(Exception):
@@ -118,3 +123,14 @@ def nearest(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:
         shown = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else "")
         hint += f" (valid: {shown})"
     return hint
+
+
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict = 3, 12, 6
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 120
+
+
+def brief(value: object) -> str:
+    """`repr` of what was given, for a message: in one line, and short whatever it is."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

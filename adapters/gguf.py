@@ -32,8 +32,9 @@ def _convert(gguf: Path, folder: Path) -> None:
             # Without this the model counts as quantised for ever after, and cannot be saved.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError, OSError, struct.error) as cause:
         raise RecipeError(f"base {str(gguf)!r} cannot be read as GGUF: {cause}") from cause
     model.save_pretrained(folder)

@@ -1,19 +1,17 @@
 """What an adapter folder is made of, and how one is read: completely, strictly, and without executing anything."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .device import Precision
-from .errors import ArtefactError
+from .errors import ArtefactError, brief, nearest
 from .fingerprints import Fingerprint
+from .untrusted import inside, read_json, read_tensors
 from .validation import faults
 
 __all__ = [
@@ -27,16 +25,15 @@ __all__ = [
     "card",
     "is_peft_folder",
     "read",
-    "read_json",
-    "read_tensors",
 ]
 
 TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+SHOWN = 5  # faults in one message
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class BaseRecord(_Record):
@@ -47,12 +44,25 @@ class BaseRecord(_Record):
     model_class: str
     dtype: str
     packed_as: str | None
+    vocabulary: int | None = None  # entries
     fingerprint: Fingerprint
 
     @property
+    def named(self) -> str:
+        """Its name, for messages."""
+        return f"{self.source}@{self.revision}" if self.source and self.revision else self.source or self.model_class
+
+    @property
     def precision(self) -> Precision:
-        """What to load it with, so that it computes as it did."""
-        return PRECISIONS[self.dtype.partition("/")[0]]
+        """What to load it with, so that it computes as it did.
+
+        Raises:
+            ArtefactError: there is no such precision.
+        """
+        name = self.dtype.partition("/")[0]
+        if name not in PRECISIONS:
+            raise ArtefactError(f"{MANIFEST} says base.dtype: {brief(self.dtype)}{nearest(name, PRECISIONS)}")
+        return PRECISIONS[name]
 
 
 class AdapterRecord(_Record):
@@ -75,6 +85,7 @@ class Manifest(_Record):
     base: BaseRecord
     adapters: list[AdapterRecord]
     heads: list[str]
+    base_mismatch: list[str] = []  # of adapters that its values came from: how their bases differed, where allowed
     versions: dict[str, str]
     run: dict[str, Any] = {}  # facts of the run that trained it: seed, data, metrics, probe
 
@@ -96,69 +107,56 @@ def read(folder: str | Path) -> Saved:
         ArtefactError: with every fault found.
     """
     folder = Path(folder)
+    _refuse_foreign(folder)
+    manifest = _manifest(folder)
+    names = [r.folder for r in manifest.adapters if r.folder is not None] or ["."]
+    tensors: dict[str, dict[str, Tensor]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            tensors[name] = read_tensors(inside(folder, f"{name}/{TENSORS}"))
+        except ArtefactError as fault:
+            found.append(str(fault))
+        try:
+            configs[name] = read_json(inside(folder, f"{name}/{CONFIG}"))
+        except ArtefactError as fault:
+            found.append(str(fault))
+    if found:
+        raise ArtefactError(_listed(found))
+    return Saved(folder, manifest, tensors, configs)
+
+
+def _refuse_foreign(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         others = [name for name in ("adapter_model.bin", CONFIG) if (folder / name).exists()]
         hint = (
             f"; it holds {' and '.join(others)}, which another program wrote (pickles are never read)" if others else ""
         )
         raise ArtefactError(f"{folder} is not an adapter folder: it has no {MANIFEST}{hint}")
+
+
+def _manifest(folder: Path) -> Manifest:
+    path = inside(folder, MANIFEST)
     try:
-        manifest = Manifest.model_validate(json.loads((folder / MANIFEST).read_text("utf-8")))
+        return Manifest.model_validate(read_json(path))
     except ValidationError as error:
-        texts = [f"{'.'.join(map(str, f.path))}: {f.message}" for f in faults(error, Manifest)]
-        raise ArtefactError(f"{folder / MANIFEST}: {'; '.join(texts)}") from None
-    except ValueError as error:
-        raise ArtefactError(f"{folder / MANIFEST} is not JSON: {error}") from None
-    names = [r.folder for r in manifest.adapters if r.folder is not None] or ["."]
-    outside = [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]
-    if outside:
-        raise ArtefactError(f"{folder / MANIFEST}: the folder {outside[0]!r} lies outside the artefact")
-    tensors = {name: read_tensors(folder / name / TENSORS) for name in names}
-    configs = {name: read_json(folder / name / CONFIG) for name in names}
-    return Saved(folder, manifest, tensors, configs)
+        texts = [f"{'.'.join(map(str, f.path))[:200]}: {f.message}" for f in faults(error, Manifest)]
+        raise ArtefactError(f"{path}: {_listed(texts)}") from None
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f" (and {len(texts) - SHOWN} more)" if len(texts) > SHOWN else ""
+    return f"{'; '.join(texts[:SHOWN])}{more}"
 
 
 def is_peft_folder(folder: Path) -> bool:
     """Whether PEFT wrote it: tensors that may be read, and a configuration with a type of PEFT's."""
     try:
-        kind = json.loads((folder / CONFIG).read_text("utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = read_json(inside(folder, CONFIG)).get("peft_type")
+    except ArtefactError:
         return False
     return isinstance(kind, str) and (folder / TENSORS).is_file()
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises:
-        ArtefactError: it is missing or damaged.
-    """
-    if not path.is_file():
-        raise ArtefactError(f"{path} is missing")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, ValueError) as cause:
-        raise ArtefactError(f"{path} is damaged: {cause}") from cause
-    return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ArtefactError: it is missing or damaged.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ArtefactError(f"{path} is not JSON: {error}") from None
-    except RecursionError:
-        raise ArtefactError(f"{path} is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path} must hold one JSON object")
-    return content
 
 
 CARD = """# {stack} on {base}

@@ -3,17 +3,22 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import RecipeError, Unavailable, nearest
 from .files import atomic_folder, cache_folder
 
-__all__ = ["Source", "locate"]
+__all__ = ["SAFELY", "Source", "locate"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 JOIN = " + "  # ENCODER + DECODER
+# How weights are read, for every `from_pretrained`: a base is data. Left unsaid, transformers asks at the terminal
+# whether a base's own code may run, and reads pickles where there are no safetensors.
+SAFELY: Mapping[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,20 @@ def _checked(place: Path, written: str) -> Path:
             ggufs = sorted(p.name for p in place.glob("*.gguf"))
             hint = f"; it holds {', '.join(ggufs)}: name the file" if ggufs else ""
             raise RecipeError(f"base {written!r}: the folder has no config.json{hint}")
+        _refuse_pickles(place, written)
     elif place.suffix != ".gguf":
         raise RecipeError(f"base {written!r}: a file must be a .gguf; otherwise name the folder of the model")
     return place
+
+
+def _refuse_pickles(folder: Path, written: str) -> None:
+    """A folder whose weights are pickles only; a base without any weights is found out when they are read."""
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise RecipeError(
+            f"base {written!r}: its weights are pickles ({pickles[0]}), which are never read, because they can execute "
+            "code: take a version in safetensors, or convert it where you trust it"
+        )
 
 
 def in_package(written: str, what: str, listed: Callable[[Path], Iterable[Path]]) -> Path:

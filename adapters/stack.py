@@ -28,6 +28,7 @@ class Stack:
     layers: Layers
     heads: dict[str, nn.Parameter] = field(default_factory=dict)
     base: Fingerprint | None = None  # of the base as it was, where an adapter trains the base itself
+    base_mismatch: list[str] = field(default_factory=list)  # bases that its values were trained on, where others
     _off: set[str] = field(default_factory=set)  # names of those that are switched off
     _beside: dict[str, str] = field(default_factory=dict)  # instance -> child of the base that shows its tensors
     _undo: list[Any] = field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from .errors import nearest
+from .errors import brief, nearest
 
 __all__ = ["Fault", "faults"]
 
@@ -40,7 +40,7 @@ def _message(detail: Any, model: type[BaseModel], path: Path) -> str:
     text = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ").replace("should ", "must ", 1)
     text = text[:1].lower() + text[1:]
     given = detail["input"]
-    return f"{text}, not {given!r}" if isinstance(given, (str, int, float, bool, list, type(None))) else text
+    return f"{text}, not {brief(given)}" if isinstance(given, (str, int, float, bool, list, type(None))) else text
 
 
 def _without_union_tags(model: type[BaseModel], location: Path) -> Path:

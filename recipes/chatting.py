@@ -32,7 +32,7 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
     stack = artefact.specs(manifest)
     model = load_base(source, stack, precision=manifest.base.precision)
     load(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision)
+    tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision, trust_remote_code=False)
     reader = Reader(tokenizer, limit=tokenizer.model_max_length, stops=frozenset(manifest.run["stop_tokens"]))
     messages: list[dict[str, str]] = []
 

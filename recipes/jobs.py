@@ -175,7 +175,7 @@ def make_reader(place: str, loaded: Loaded, labels: Labels, class_weights: Seque
     with loaded.place("base"):
         tokenizer = _tokenizer(place, loaded)
     occupied = sum(map(_positions, loaded.stack))
-    config = AutoConfig.from_pretrained(place, revision=revision).get_text_config()
+    config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False).get_text_config()
     # Models with relative positions (T5) state no bound; there the tokenizer's is the only one.
     most = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - occupied
     with loaded.place("task", loaded.task_name, "max_length"):
@@ -196,7 +196,7 @@ def _positions(named: Named) -> int:
 def _tokenizer(place: str, loaded: Loaded) -> Any:
     base = loaded.recipe.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=loaded.recipe.revision)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=loaded.recipe.revision, trust_remote_code=False)
     except (OSError, ValueError) as cause:
         reason = str(cause).strip().splitlines()[0]
         raise RecipeError(f"base {base!r} has no tokenizer that can be read: {reason}") from cause

@@ -113,7 +113,7 @@ def _checked(loaded: Loaded, written: str, reader: Reader, hardware: Hardware) -
     load_options(
         place, stack, kind=kind, precision=manifest.base.precision, hardware=hardware, revision=source.revision
     )
-    config = AutoConfig.from_pretrained(place, revision=source.revision).get_text_config()
+    config = AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=False).get_text_config()
     room = getattr(config, POSITIONS, sys.maxsize) - sum(map(_positions, stack))
     return Teacher(folder, manifest, source, kind, reader.labels, room)
 

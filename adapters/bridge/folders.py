@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..contract import Adapter
 from ..errors import ArtefactError, OnegpuError
-from ..manifest import CONFIG, TENSORS, read_json, read_tensors
+from ..manifest import CONFIG, TENSORS
 from ..specs import get
 from ..structure import head_modules, modules
 from ..targets import ALL_LINEAR, resolve
+from ..untrusted import inside, read_json, read_tensors
 from .config import differing
 
 __all__ = ["PeftFolder", "read_peft_folder"]
@@ -81,11 +82,11 @@ def _untrusted(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path, model: nn.Module) -> PeftFolder:
-    config = read_json(folder / CONFIG)
+    config = read_json(inside(folder, CONFIG))
     kind = config["peft_type"]
     if kind not in PeftType.__members__:
         raise ArtefactError(f"{folder}: PEFT here knows no method {kind!r}; a newer PEFT may")
-    tensors = read_tensors(folder / TENSORS)
+    tensors = read_tensors(inside(folder, TENSORS))
     _check_heads(folder, config, model)
     active = _active(folder, PeftType[kind], config)
     paths = _aimed_at(config, model)
