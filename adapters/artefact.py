@@ -13,6 +13,7 @@ everything else is JSON: nothing is ever unpickled, and nothing in a folder can 
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from . import registry
 from .attaching import attach
 from .contract import Adapter, Attachment
-from .errors import ArtefactError, PluginError
+from .errors import ArtefactError, PluginError, brief
 from .files import atomic_folder, write_json, write_text
 from .fingerprints import Fingerprint, fingerprint
 from .fitting import check_base, config_faults, finite_faults, misfit, refuse_excess, tensor_faults, vocabulary
@@ -100,7 +101,7 @@ def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = Fa
     saved = read(folder)
     mismatch = check_base(saved, model, allow=allow_base_mismatch)
     named = build([_spec(record) for record in _attachable(saved, model)])
-    refuse_excess(saved, model, named)
+    refuse_excess(folder, chain.from_iterable(t.values() for t in saved.tensors.values()), model, named)
     stack = attach(model, named, fresh=False)
     stack.base_mismatch = saved.manifest.base_mismatch + mismatch
     try:
@@ -262,7 +263,7 @@ def _installed(record: AdapterRecord) -> registry.Entry:
         return registry.find(ADAPTERS, _pick(record))
     except PluginError:
         raise PluginError(
-            f"this adapter needs the plugin {record.distribution} {record.version} for {record.adapter!r}; "
+            f"this adapter needs the plugin {record.distribution} {record.version} for {brief(record.adapter)}; "
             f"try `pip install '{record.distribution}>={record.version}'`"
         ) from None
 
@@ -280,7 +281,9 @@ def _load_from_peft(model: nn.Module, folder: Path) -> Stack:
         stacklevel=3,
     )
     for adapter in theirs.adapters:
-        stack = attach(model, [adapter], fresh=False)
+        named = build([adapter])
+        refuse_excess(folder, theirs.tensors.values(), model, named)
+        stack = attach(model, named, fresh=False)
         expected = _tensor_files(stack)
         faults = tensor_faults(expected.get(".", ({}, None))[0], theirs.tensors) or finite_faults(theirs.tensors)
         if not faults:

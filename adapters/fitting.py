@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def config_faults(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     return [f"{CONFIG} says {key[:80]}: {brief(given.get(key))}, the manifest {brief(own.get(key))}" for key in changed]
 
 
-def refuse_excess(saved: Saved, model: nn.Module, stack: Sequence[Named]) -> None:
+def refuse_excess(folder: Path, tensors: Iterable[Tensor], model: nn.Module, stack: Sequence[Named]) -> None:
     """Refuse settings that ask for far more memory than the tensors of the folder come to, before any is taken.
 
     Raises:
@@ -116,17 +116,22 @@ def refuse_excess(saved: Saved, model: nn.Module, stack: Sequence[Named]) -> Non
     """
     if not isinstance(model, PreTrainedModel):
         return
-    with torch.device("meta"):
+    held = sum(tensor.nbytes for tensor in tensors)
+    with torch.device("meta"):  # also what adapters make: they would draw their start on the CPU
         skeleton = type(model)(copy.deepcopy(model.config))
-    held = sum(tensor.nbytes for tensors in saved.tensors.values() for tensor in tensors.values())
-    for named in stack:
-        try:
-            with answerable(named.name, named.entry, "cost"):
-                cost = named.adapter.cost(skeleton)
-        except OnegpuError:
-            continue  # what cannot be told without weights is found out by attaching
-        asked = max(cost.weights, cost.gradients)
-        if asked > TIMES * held + ROOM:
-            raise ArtefactError(
-                f"{saved.folder}: the settings of {named.name} ask for {asked:,} bytes, and its tensors have {held:,}"
-            )
+        for named in stack:
+            asked = _asked(named, skeleton)
+            if asked > TIMES * held + ROOM:
+                raise ArtefactError(
+                    f"{folder}: the settings of {named.name} ask for {asked:,} bytes, and its tensors have {held:,}"
+                )
+
+
+def _asked(named: Named, skeleton: nn.Module) -> int:
+    """Bytes that an adapter would take; 0 for what cannot be told without weights, which is found out by attaching."""
+    try:
+        with answerable(named.name, named.entry, "cost"):
+            cost = named.adapter.cost(skeleton)
+    except OnegpuError:
+        return 0
+    return max(cost.weights, cost.gradients)

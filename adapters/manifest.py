@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from .device import Precision
@@ -30,6 +30,9 @@ __all__ = [
 TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 SHOWN = 5  # faults in one message
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+Short = Annotated[str, Field(pattern=r"^[\w.+!-]{1,100}$")]
 
 
 class _Record(BaseModel):
@@ -70,8 +73,8 @@ class AdapterRecord(_Record):
 
     name: str
     adapter: str
-    distribution: str
-    version: str
+    distribution: Short  # these two are advised to be installed
+    version: Short
     api: int
     config: dict[str, Any]
     folder: str | None  # where its tensors are, relative to the manifest; None for an adapter without any

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import ArtefactError
+from .errors import ArtefactError, brief
 
 __all__ = ["LARGEST", "inside", "read_json", "read_tensors"]
 
@@ -36,10 +36,10 @@ def inside(folder: Path, name: str) -> Path:
     try:
         root, place = folder.resolve(), (folder / name).resolve()
     except (OSError, ValueError, RuntimeError) as cause:  # no name of a file, or links in a circle
-        raise ArtefactError(f"{folder}: {name!r} cannot be a path: {cause}") from None
+        raise ArtefactError(f"{folder}: {brief(name)} cannot be a path: {str(cause)[:200]}") from None
     blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
     if not place.is_relative_to(root) and place.parent not in blobs:
-        raise ArtefactError(f"{folder}: {name!r} lies outside the artefact")
+        raise ArtefactError(f"{folder}: {brief(name)} lies outside the artefact")
     return folder / name
 
 
@@ -55,9 +55,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_file(path: Path) -> None:
+    try:
+        if not path.is_file():  # a pipe would be waited for for ever
+            raise ArtefactError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+    except OSError as cause:
+        raise ArtefactError(f"{str(path)[:200]} cannot be read: {cause.strerror}") from None
+
+
 def _bytes(path: Path) -> bytes:
-    if not path.is_file():  # a pipe would be waited for for ever
-        raise ArtefactError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+    _check_file(path)
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -127,8 +134,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtefactError: it is missing or damaged.
     """
-    if not path.is_file():
-        raise ArtefactError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+    _check_file(path)
     try:
         _check_header(path)
         tensors: dict[str, Tensor] = load_file(path)

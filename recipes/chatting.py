@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from onegpu.adapters import ArtefactError, artefact, load, load_base
 from onegpu.adapters.sources import locate
 
+from .facts import check_tokenizer, facts_of
 from .runfolder import adapter_folder
 from .tasks import Reader
 from .tasks.chat import answer
@@ -16,7 +17,7 @@ from .tasks.chat import answer
 __all__ = ["open_chat"]
 
 
-def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
+def open_chat(folder: Path, tokens: int, *, allow_base_mismatch: bool = False) -> Callable[[str], str]:
     """Load the model of a run or adapter folder; returns a function that answers and remembers the conversation.
 
     Raises:
@@ -25,15 +26,17 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
     """
     adapter = adapter_folder(folder)
     manifest = artefact.read(adapter).manifest
-    trained = manifest.run.get("task", {})
+    facts = facts_of(adapter, manifest)
+    trained = facts.task
     if "chat" not in {**trained, **_taught(trained)} or manifest.base.source is None:
         raise ArtefactError(f"{folder} was not trained by the task `chat`")
     source = locate(manifest.base.source, revision=manifest.base.revision)
     stack = artefact.specs(manifest)
-    model = load_base(source, stack, precision=manifest.base.precision)
-    load(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision, trust_remote_code=False)
-    reader = Reader(tokenizer, limit=tokenizer.model_max_length, stops=frozenset(manifest.run["stop_tokens"]))
+    check_tokenizer(adapter, facts, tokenizer, allow=allow_base_mismatch)
+    model = load_base(source, stack, precision=manifest.base.precision)
+    load(model, adapter, allow_base_mismatch=allow_base_mismatch)
+    reader = Reader(tokenizer, limit=tokenizer.model_max_length, stops=frozenset(facts.stop_tokens))
     messages: list[dict[str, str]] = []
 
     def talk(text: str) -> str:
@@ -47,5 +50,5 @@ def open_chat(folder: Path, tokens: int) -> Callable[[str], str]:
 
 def _taught(trained: Mapping[str, Any]) -> Mapping[str, Any]:
     """The task inside a distillation; nothing of others."""
-    inside: Mapping[str, Any] = trained.get("distillation", {}).get("task", {})
-    return inside
+    inside = trained.get("distillation", {}).get("task", {})
+    return inside if isinstance(inside, Mapping) else {}

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ WIDTH = 80  # of what is printed for people, in characters
 RECIPE = click.argument("recipe", metavar="RECIPE")
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+MISMATCH = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Use a saved adapter on another base or tokenizer than its own."
+)
 CHECK = click.option("--check", is_flag=True, help="Import each one, and say which are broken.")
 
 
@@ -46,7 +50,15 @@ def app(context: click.Context, debug: bool) -> None:
 @click.option(
     "--accept-changes", is_flag=True, help="Resume although recipe, rows, versions or threads are others; it is noted."
 )
-def run(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: bool, accept_changes: bool) -> None:
+@MISMATCH
+def run(
+    recipe: str,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    accept_changes: bool,
+    allow_base_mismatch: bool,
+) -> None:
     """Check, train, prove and save.
 
     RECIPE is a file, or the name of a packaged recipe.
@@ -58,7 +70,7 @@ def run(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: bool,
     if accept_changes and not resume:
         raise click.UsageError("--accept-changes is about --resume, and does nothing without it")
     terminated_like_interrupted()
-    loaded = load_recipe(recipe, overrides)
+    loaded = replace(load_recipe(recipe, overrides), allow_base_mismatch=allow_base_mismatch)
     folder = out or Path("runs") / loaded.name.replace(":", "-")
     if run_recipe(loaded, folder, resume=resume, accept_changes=accept_changes) is None:
         print(f"{folder} is finished; nothing to do")
@@ -103,15 +115,16 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> N
 @click.option(
     "--data", metavar="DATA", help="Rows to score on, as under `data:`; those that were held out if left out."
 )
+@MISMATCH
 @JSON
-def evaluate(folder: Path, data: str | None, as_json: bool) -> None:
+def evaluate(folder: Path, data: str | None, allow_base_mismatch: bool, as_json: bool) -> None:
     """Score a saved adapter, beside its base.
 
     DIR is the folder of a run, or an adapter folder.
     """
     from .evaluating import evaluate_folder
 
-    found = evaluate_folder(folder, data=data)
+    found = evaluate_folder(folder, data=data, allow_base_mismatch=allow_base_mismatch)
     if as_json:
         print(json.dumps(found._asdict(), indent=2))
         return
@@ -125,14 +138,15 @@ def evaluate(folder: Path, data: str | None, as_json: bool) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("-m", "--message", help="Ask once, instead of in a conversation.")
 @click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer, in tokens.")
-def chat(folder: Path, message: str | None, tokens: int) -> None:
+@MISMATCH
+def chat(folder: Path, message: str | None, tokens: int, allow_base_mismatch: bool) -> None:
     """Talk to a fine-tuned model.
 
     DIR is the folder of a run, or an adapter folder.
     """
     from .chatting import open_chat
 
-    talk = open_chat(folder, tokens)
+    talk = open_chat(folder, tokens, allow_base_mismatch=allow_base_mismatch)
     if message is not None:
         print(talk(message))
         return

@@ -1,6 +1,5 @@
 """`onegpu evaluate`: scores of a saved adapter, on the rows that its run held out or on others."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from onegpu.adapters.manifest import Manifest
 
 from .data.dataset import Trained
 from .evaluation import shown
+from .facts import Facts, check_tokenizer, facts_of
 from .jobs import Job, preflight
-from .loading import Loaded, parse_recipe
+from .loading import Loaded, load_recipe, parse_recipe
 from .runfolder import RunFolder, adapter_folder
 
 __all__ = ["Evaluated", "evaluate_folder"]
@@ -29,12 +29,15 @@ class Evaluated(NamedTuple):
     shown: list[str]  # the scores that a reader looks at
 
 
-def evaluate_folder(folder: Path, *, data: str | None = None, compare: bool = True) -> Evaluated:
+def evaluate_folder(
+    folder: Path, *, data: str | None = None, compare: bool = True, allow_base_mismatch: bool = False
+) -> Evaluated:
     """Score the adapter of a run folder, or an adapter folder.
 
     Args:
         data: rows to score on; those that the run held out when left out (`test` where there are some).
         compare: score the base without the adapter too.
+        allow_base_mismatch: go on although the base or its tokenizer are not those that it was trained on.
 
     Raises:
         ArtefactError: not an adapter folder, or one without a run in its manifest.
@@ -42,11 +45,13 @@ def evaluate_folder(folder: Path, *, data: str | None = None, compare: bool = Tr
     """
     adapter = adapter_folder(folder)
     manifest = artefact.read(adapter).manifest
-    loaded = _recipe(folder, RunFolder(folder), manifest, data)
-    job = preflight(loaded, trained=Trained(manifest.run.get("labels"), manifest.run.get("class_weights")))
+    facts = facts_of(adapter, manifest)
+    loaded = _recipe(folder, RunFolder(folder), manifest, facts, data)
+    job = preflight(loaded, trained=Trained(facts.labels, facts.class_weights))
+    check_tokenizer(adapter, facts, job.reader.tokenizer, allow=allow_base_mismatch)
     examples, what = _examples(job, data)
     model = job.load_base()
-    stack = load(model, adapter)
+    stack = load(model, adapter, allow_base_mismatch=allow_base_mismatch)
     evaluator, _ = job.evaluator(stack)
     base: dict[str, float] = {}
     if compare and all(named.adapter.capabilities.base_frozen for named in stack.named):
@@ -67,28 +72,26 @@ def _examples(job: Job, data: str | None) -> tuple[Any, str]:
     raise RecipeError("the run held no rows out: name some with --data")
 
 
-def _recipe(folder: Path, run: RunFolder, manifest: Manifest, data: str | None) -> Loaded:
+def _recipe(folder: Path, run: RunFolder, manifest: Manifest, facts: Facts, data: str | None) -> Loaded:
     """The recipe of the run, over other rows where they are given."""
     content = (
-        yaml.safe_load(run.recipe.read_text("utf-8")) if run.recipe.is_file() else _from_manifest(folder, manifest)
+        load_recipe(str(run.recipe)).resolved() if run.recipe.is_file() else _from_manifest(folder, manifest, facts)
     )
-    (settings,) = content["task"].values()
     if data is not None:
-        settings |= {"data": data, "evaluation": "none", "test": "none", "limit": None}
+        for settings in content["task"].values():
+            settings |= {"data": data, "evaluation": "none", "test": "none", "limit": None}
     content["adapter"] = None  # what the run continued from is part of its result
     return parse_recipe(yaml.safe_dump(content), name=str(folder), folder=Path.cwd())
 
 
-def _from_manifest(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _from_manifest(folder: Path, manifest: Manifest, facts: Facts) -> dict[str, Any]:
     """A recipe from what an adapter folder says of its run."""
-    facts: Mapping[str, Any] = manifest.run
-    if manifest.base.source is None or not {"task", "train"} <= facts.keys():
+    if manifest.base.source is None or not facts.task or facts.train is None:
         raise ArtefactError(f"{folder} does not say what it was trained on: it was not written by a run")
-    train = {**facts["train"], "precision": manifest.base.precision}
     return {
         "base": manifest.base.source,
         "revision": manifest.base.revision,
         "adapters": artefact.specs(manifest),
-        "task": {name: dict(settings) for name, settings in facts["task"].items()},
-        "train": train,
+        "task": {name: dict(settings) for name, settings in facts.task.items()},
+        "train": {**facts.train, "precision": manifest.base.precision},
     }

@@ -19,6 +19,7 @@ from onegpu.adapters.specs import Named
 from .data.batches import Plan, resolve_micro_batch
 from .data.dataset import Dataset, Gathered, Trained, encode, gather
 from .evaluation import Evaluator, evaluating
+from .facts import Facts, check_tokenizer, facts_of
 from .loading import Loaded
 from .selection import choose
 from .tasks import Labels, Reader
@@ -119,9 +120,10 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     with loaded.place("revision"):
         if recipe.revision is not None and source.place is not None:
             raise RecipeError("only a hub id has revisions, and the base is a file or a folder: leave `revision` out")
+    before: Facts | None = None
     if recipe.adapter is not None:
         with loaded.place("adapter"):
-            artefact.read(recipe.adapter)
+            before = facts_of(recipe.adapter, artefact.read(recipe.adapter).manifest)
     _check_selection(loaded)
     _check_batch(loaded)
     gathered = gather(loaded, trained)
@@ -137,6 +139,9 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
             raise
     _refuse_checkpointing(loaded)
     reader = make_reader(place, loaded, gathered.labels, gathered.class_weights)
+    if recipe.adapter is not None and before is not None:
+        with loaded.place("adapter"):
+            check_tokenizer(recipe.adapter, before, reader.tokenizer, allow=loaded.allow_base_mismatch)
     teacher = find_teacher(loaded, reader, hardware)
     with loaded.place(*task):
         dataset = encode(loaded, gathered, reader)

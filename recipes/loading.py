@@ -38,6 +38,7 @@ class Loaded:
     task: Task
     folder: Path  # what relative paths start from
     places: Mapping[KeyPath, str] = field(default_factory=dict)  # of each key, as `file:line`
+    allow_base_mismatch: bool = False  # of an adapter that is continued or scored: said with the command, not in it
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every effective value written out; loading this again gives the same run."""

@@ -16,11 +16,13 @@ from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, Storag
 from onegpu.adapters.base import footprint
 from onegpu.adapters.device import grad_scaler
 from onegpu.adapters.files import move, write_json
-from onegpu.adapters.fingerprints import differences, fingerprint
+from onegpu.adapters.fingerprints import fingerprint
+from onegpu.adapters.fitting import check_base
 
 from .data.batches import micro_batches
 from .display import Display, human_bytes
 from .evaluation import on_device, shown
+from .facts import facts_of
 from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule
@@ -210,11 +212,10 @@ def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:
 
 def _continue_from(job: Job, stack: Stack, folder: str) -> None:
     """Give the stack the values of a saved adapter, whose base and classes must be these."""
-    manifest = artefact.read(folder).manifest
-    faults, _ = differences(manifest.base.fingerprint, stack.root)
-    if faults:
-        raise RecipeError(f"{folder} was trained on another base: {faults[0]}")
-    labels, before = list(job.reader.labels or ()), manifest.run.get("labels") or []
+    saved = artefact.read(folder)
+    mismatch = check_base(saved, stack.root, allow=job.loaded.allow_base_mismatch)
+    stack.base_mismatch = saved.manifest.base_mismatch + mismatch
+    labels, before = list(job.reader.labels or ()), facts_of(folder, saved.manifest).labels or []
     if before != labels:
         raise RecipeError(f"{folder} was trained on the classes {before}, and these are {labels}")
     artefact.fill(stack, folder)

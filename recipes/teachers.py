@@ -98,9 +98,10 @@ def _checked(loaded: Loaded, written: str, reader: Reader, hardware: Hardware) -
     folder = adapter_folder(loaded.folder / written)
     manifest = artefact.read(folder).manifest
     facts, kind = manifest.run, loaded.task.model_kind()
-    if manifest.base.source is None or not {"tokenizer", "labels"} <= facts.keys():
+    tokenizer = facts.get("tokenizer")
+    if manifest.base.source is None or not isinstance(tokenizer, dict) or "labels" not in facts:
         raise ArtefactError(f"{folder} does not say how it reads text: it was not written by a run")
-    if facts["tokenizer"]["vocabulary"] != tokenizer_digest(reader.tokenizer)["vocabulary"]:
+    if tokenizer.get("vocabulary") != tokenizer_digest(reader.tokenizer)["vocabulary"]:
         raise RecipeError(
             f"the tokenizer of the teacher's base {manifest.base.source} has another vocabulary than that of "
             f"{loaded.recipe.base}: a student learns from a teacher with the same tokens"
