@@ -37,10 +37,12 @@ __all__ = [
     "Interrupted",
     "brief",
     "nearest",
+    "printable",
 ]
 
 
 LONGEST_VALUE = 240  # characters of a value in a message
+LONGEST_MESSAGE = 1400  # characters
 
 
 class OnegpuError(Exception):
@@ -134,3 +136,9 @@ def brief(value: object) -> str:
     """`repr` of what was given, for a message: in one line, and short whatever it is."""
     text = _BRIEF.repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def printable(message: str) -> str:
+    """A message as it is shown: what a file smuggled in cannot move the cursor, and nothing fills the screen."""
+    text = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ... (cut)"
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import registry
 from .contract import Adapter
-from .errors import RecipeError, StackError
+from .errors import RecipeError, StackError, brief
 from .isolation import answerable
 from .registry import ADAPTERS, Entry
 from .structure import family
@@ -87,7 +87,9 @@ def split(spec: object, place: str) -> tuple[str, dict[str, Any]]:
         ((name, config),) = spec.items()
         if isinstance(name, str) and (config is None or isinstance(config, Mapping)):
             return name, dict(config or {})
-    raise RecipeError(f"{place}: write a name, or one name with its settings such as `lora: {{rank: 8}}`, not {spec!r}")
+    raise RecipeError(
+        f"{place}: write a name, or one name with its settings such as `lora: {{rank: 8}}`, not {brief(spec)}"
+    )
 
 
 def check(stack: Sequence[Named], *, has_head: bool = False) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from onegpu.adapters import OnegpuError
+from onegpu.adapters.errors import printable
 from onegpu.adapters.registry import ADAPTERS, OURS, TASKS, VARIABLE, Entry, entries, unmatched, unqualified
 
 __all__ = ["app", "main"]
@@ -330,5 +331,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"onegpu: {message}", file=sys.stderr)
+    print(f"onegpu: {printable(message)}", file=sys.stderr)
     sys.exit(code)

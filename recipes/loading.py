@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from onegpu.adapters import ADAPTERS, TASKS, OnegpuError, PluginError, RecipeError, StackError, build, entries, get
-from onegpu.adapters.errors import nearest
+from onegpu.adapters.errors import brief, nearest
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import VARIABLE, find, unqualified
 from onegpu.adapters.specs import Named, check, split
@@ -25,6 +25,9 @@ __all__ = ["Loaded", "load_recipe", "parse_recipe"]
 
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST_NODES, DEEPEST = 20_000, 50  # keys, values and lists of a recipe, and how deep they lie
+MOST_FAULTS = 8  # in one message
+LARGEST = 2**18  # bytes of a recipe; PyYAML takes seconds for as much
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
     path = Path(name)
     if path.is_file():
         try:
+            if path.stat().st_size > LARGEST:
+                raise RecipeError(f"{name} has more than {LARGEST:,} bytes: no recipe is so large")
             text = path.read_text("utf-8")
         except UnicodeDecodeError as cause:
             raise RecipeError(f"{name} is not UTF-8: {cause}") from None
+        except OSError as cause:
+            raise RecipeError(f"{name} cannot be read: {cause.strerror}") from None
         return parse_recipe(text, name=name, folder=path.resolve().parent, overrides=overrides)
     known = {p.name: p for p in packaged_recipes()}
     if name not in known:
@@ -96,7 +103,9 @@ def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str]
     stack = _stack(document, found)
     task_name, task = _task(document, found)
     if found:
-        raise RecipeError("\n".join(document.explain(fault) for fault in _with_belonging(found, document.content)))
+        told = [document.explain(fault) for fault in _with_belonging(found, document.content)]
+        more = [f"and {len(told) - MOST_FAULTS} more"] if len(told) > MOST_FAULTS else []
+        raise RecipeError("\n".join(told[:MOST_FAULTS] + more))
     assert recipe is not None
     assert task is not None
     try:
@@ -132,6 +141,7 @@ class _Document:
     name: str
     content: dict[str, Any]
     places: dict[KeyPath, str] = field(default_factory=dict)
+    nodes: int = 0  # that were read
 
     def explain(self, fault: Fault) -> str:
         above = (fault.path[:n] for n in range(len(fault.path), 0, -1))
@@ -161,7 +171,7 @@ def _read_yaml(text: str, name: str) -> _Document:
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise RecipeError(f"{name}: not a recipe: an alias contains itself") from None
+        raise RecipeError(f"{name}: nested too deeply for a recipe") from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"{name}: a recipe is a set of keys (base, adapters, task, train), not {type(content).__name__}"
@@ -171,13 +181,19 @@ def _read_yaml(text: str, name: str) -> _Document:
 
 
 def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: _Document) -> Any:
+    document.nodes += 1
+    if document.nodes > MOST_NODES or len(path) > DEEPEST:  # aliases of aliases grow without end, in a few lines
+        raise RecipeError(
+            f"{document.name}:{node.start_mark.line + 1}: not a recipe: an alias contains itself, or there is more in it "
+            "than in any recipe"
+        )
     document.places.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*path, index), document) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         content: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
+            key = _scalar(loader, key_node)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise RecipeError(
@@ -188,7 +204,23 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: _Docum
             document.places[(*path, key)] = f"{document.name}:{line}"
             content[key] = _construct(loader, value_node, (*path, key), document)
         return content
-    return loader.construct_object(node, deep=True)
+    return _scalar(loader, node)
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    """What YAML says that it is; PyYAML's own classes raise whatever comes where a tag promises too much."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise yaml.constructor.ConstructorError(None, None, "a key must be text", node.start_mark)
+    try:
+        value = loader.construct_object(node)
+        if isinstance(value, str):
+            value.encode()
+    except yaml.YAMLError:
+        raise
+    except Exception as cause:
+        text = f"{brief(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
+        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from cause
+    return value
 
 
 def _dotted(path: Iterable[str | int]) -> str:

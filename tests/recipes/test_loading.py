@@ -194,7 +194,7 @@ def test_what_only_resembles_a_number_stays_text(text: str) -> None:
         ("- a\n- b\n", "a recipe is a set of keys"),
         ("just text\n", "a recipe is a set of keys"),
         ("", "base: this key is needed"),
-        ("base: &a\n  - *a\n", "recipe.yaml: not a recipe: an alias contains itself"),
+        ("base: &a\n  - *a\n", "recipe.yaml:1: not a recipe: an alias contains itself"),
     ],
     ids=range(12),
 )
