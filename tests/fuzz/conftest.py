@@ -195,7 +195,7 @@ def spoil(draw: Callable[..., Any], content: Any, most: int = 3) -> Any:
         path = draw(st.sampled_from(paths))
         parent, key = _parent(content, path), path[-1]
         way = draw(st.sampled_from(("value", "value", "value", "misspell", "drop", "move", "wrap", "add", "deepen")))
-        value = parent[key]
+        value = copy.deepcopy(parent[key])  # one object in two places could come to hold itself
         if way == "misspell" and isinstance(parent, dict) and isinstance(key, str):
             parent[_misspelt(draw, key)] = parent.pop(key)
         elif way == "misspell" and isinstance(value, str):
@@ -207,15 +207,20 @@ def spoil(draw: Callable[..., Any], content: Any, most: int = 3) -> Any:
             if others:
                 other = draw(st.sampled_from(others))
                 target = _parent(content, other)
-                target[str(key)] = parent.pop(key)
+                del parent[key]
+                target[str(key)] = value
         elif way == "wrap":
-            parent[key] = draw(st.sampled_from(([value], {"a": value}, str(value)[:200], [value, value])))
+            parent[key] = draw(
+                st.sampled_from(([value], {"a": value}, str(value)[:200], [value, copy.deepcopy(value)]))
+            )
         elif way == "add" and isinstance(parent, dict):
             parent[draw(st.sampled_from(("", "x", "name", "rank", "lr", "a.b", "ü", "1", "trust_remote_code")))] = value
         elif way == "deepen":
-            parent[key] = _nested(draw(st.sampled_from((3, 70, 400))), value)
+            parent[key] = _nested(draw(st.sampled_from((3, 30, 70))), value)
         else:
-            parent[key] = draw(st.sampled_from(ODD) | st.text(max_size=20) | st.integers() | st.floats())
+            parent[key] = draw(
+                st.sampled_from(ODD).map(copy.deepcopy) | st.text(max_size=20) | st.integers() | st.floats()
+            )
     return content
 
 
