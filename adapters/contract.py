@@ -225,6 +225,10 @@ class Attachment:
         """Trainable tensors that need not have a gradient in the step to come: the step proof passes over them."""
         return frozenset()
 
+    def gradient_floors(self) -> Mapping[str, float]:
+        """Norms that the gradient of a tensor must reach in the step proof, by name; above zero where left out."""
+        return {}
+
     def merge(self) -> None:
         """Fold the change into the base's weights and detach."""
         why = self.adapter.capabilities.because("mergeable")

@@ -27,10 +27,11 @@ from .checkpoints import random_states, write_checkpoint
 from .data.batches import Plan, micro_batches
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
-from .proofs import StepProof, explain_non_finite, first_bad_gradient, frozen_base
+from .proofs import explain_cut, explain_non_finite, first_bad_gradient, frozen_base
 from .runfolder import RunFolder
 from .schema import Train
 from .selection import Selection
+from .step_proof import StepProof
 from .stopping import asked_to_stop
 from .tasks import Batch, Example, Objective, Task
 
@@ -63,7 +64,11 @@ class Session:
     scores: list[dict[str, float]] = field(default_factory=list)  # one per evaluation, the first with the adapter off
     test: dict[str, float] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)  # what a resumed run went on in spite of
+    proof: StepProof = field(init=False)  # made at once: a stack that is not what it declares must not start
     best_restored: bool = False  # the stack holds the adapter of the best evaluation again, not that of the last step
+
+    def __post_init__(self) -> None:
+        self.proof = StepProof(self.stack, self.optimizer, lambda total: self.accelerator.reduce(total, "sum"))
 
     @property
     def kept_step(self) -> int:
@@ -94,7 +99,7 @@ def train(s: Session) -> str:
         Interrupted: after the step during which the user asked to stop.
         DeviceError: the device ran out of memory.
     """
-    proof = StepProof(s.stack)
+    proof = s.proof
     trainable = s.stack.trainable()
     if s.step == 0:
         with s.stack.base_only():
@@ -170,6 +175,7 @@ def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.P
     """Leave the gradient of the window in `.grad`; returns (loss, weight) of the whole window."""
     world = s.accelerator.num_processes
     total = torch.zeros(2, dtype=torch.float64)  # loss, weight
+    s.proof.before_loss()
     for batch in _batches(s, window):
         try:
             with s.evaluator.autocast:
@@ -181,6 +187,7 @@ def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.P
         total += torch.tensor([objective.total.item(), objective.weight], dtype=torch.float64)
     total = s.accelerator.reduce(total.to(s.accelerator.device), "sum").cpu()
     loss, weight = total.tolist()
+    s.proof.after_loss()
     for attachment in s.stack.attachments:
         if (penalty := attachment.penalty()) is not None:  # once per step, so it is weighted like the whole window
             s.scaler.scale(penalty * (weight / world)).backward()
@@ -212,6 +219,9 @@ def _check_finite(s: Session, objective: Objective, batch: Batch) -> None:
     if not torch.isfinite(objective.total):
         where = explain_non_finite(s.stack, s.task, batch)
         raise ProofFailed(f"step {s.step + 1}: the loss is {objective.total.item()}, {where}")
+    if not objective.total.requires_grad:
+        where = explain_cut(s.stack, s.task, batch)
+        raise ProofFailed(f"step {s.step + 1}: the loss depends on nothing that is trained, {where}")
 
 
 def _clip(s: Session, trainable: dict[str, nn.Parameter]) -> float:

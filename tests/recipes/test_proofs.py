@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from onegpu.adapters import ProofFailed, Stack, artefact, attach, load_base
 from onegpu.adapters.fingerprints import fingerprint
-from onegpu.recipes import Loaded, Outcome, optimisers, running, training
-from onegpu.recipes.proofs import Probe, StepProof, frozen_base, round_trip
+from onegpu.recipes import Loaded, Outcome, training
+from onegpu.recipes.proofs import Probe, frozen_base, round_trip
 from onegpu.recipes.training import Session
 
 LORA = {"lora": {"rank": 4}}
@@ -78,87 +77,6 @@ def test_a_base_that_is_declared_to_train_may_change(chat_base: Path) -> None:
     with torch.no_grad():
         next(iter(full.trainable().values())).add_(1)
     frozen_base(full, before)
-
-
-# --- steps ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_module_whose_output_is_detached_ends_the_run_and_a_tensor_is_named(
-    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real: Any = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: real(self, x).detach())
-    told = _failure(run, chat_recipe(train={"steps": 5}))
-    assert told.startswith("step proof: model.layers.0.mlp.")
-    assert "had no gradient in 3 steps, and so " in told
-
-
-def test_a_tensor_that_the_optimiser_does_not_step_is_named(
-    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = optimisers.make_optimizer
-
-    def forgetful(settings: Any, groups: Any, trainable: Any) -> torch.optim.Optimizer:
-        optimizer = real(settings, groups, trainable)
-        optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.zeros(1))  # where a stale reference would be
-        return optimizer
-
-    monkeypatch.setattr(running, "make_optimizer", forgetful)
-    assert "q_proj.lora_B.lora had a gradient and did not move in 3 steps" in _failure(
-        run, chat_recipe(train={"steps": 5})
-    )
-
-
-def _step(stack: Stack, proof: StepProof, rate: float, *, frozen: str = "") -> None:
-    """One step by hand, in which the tensors whose names end so stay."""
-    for name, parameter in stack.trainable().items():
-        zero = name.endswith("lora_A.lora") and name in frozenset().union(*(a.may_rest() for a in stack.attachments))
-        parameter.grad = torch.zeros_like(parameter) if zero else torch.ones_like(parameter)
-    proof.before_step(rate)
-    with torch.no_grad():
-        for name, parameter in stack.trainable().items():
-            if not (frozen and name.endswith(frozen)):
-                parameter.sub_(rate * torch.as_tensor(parameter.grad))
-    proof.after_step()
-
-
-def test_a_step_at_a_rate_of_zero_proves_nothing(stack: Stack) -> None:
-    proof = StepProof(stack)
-    for _ in range(5):
-        _step(stack, proof, 0.0)
-    assert (proof.judged, proof.proved) == (0, set())
-    assert proof.verdict() == "too short to judge: 0 of 3 steps with a rate above zero"
-
-
-def test_what_may_rest_in_a_step_is_judged_by_the_next(stack: Stack) -> None:
-    proof = StepProof(stack)
-    _step(stack, proof, 0.1)
-    assert {name.split(".")[-2] for name in proof.proved} == {"lora_B"}
-    _step(stack, proof, 0.1)
-    assert proof.proved == stack.trainable().keys()
-    assert proof.verdict() == f"{len(stack.trainable())} tensors had a gradient and moved"
-
-
-def test_a_tensor_has_three_steps_to_move(stack: Stack) -> None:
-    proof = StepProof(stack)
-    for _ in range(2):
-        _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
-    with pytest.raises(ProofFailed, match=r"layers.1.mlp.up_proj.lora_B.lora had a gradient and did not move in 3"):
-        _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
-
-
-def test_a_run_too_short_to_judge_says_so(chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts: list[str] = []
-
-    def train(session: Session) -> str:
-        verdicts.append(training.train(session))
-        return verdicts[-1]
-
-    monkeypatch.setattr(running, "train", train)
-    run(chat_recipe(train={"steps": 1}), "short")
-    run(chat_recipe(train={"steps": 3}), "long")
-    assert verdicts[0] == "too short to judge: 1 of 3 steps with a rate above zero"
-    assert verdicts[1] == "28 tensors had a gradient and moved"
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
