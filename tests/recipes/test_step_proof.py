@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from onegpu.adapters import Adapter, Attachment, Context, ProofFailed, Stack, attach, load_base
+from onegpu.adapters.conformance.case import Loop, case_of
+from onegpu.adapters.conformance.table import PROOFS, Proof
+from onegpu.adapters.conformance.tiny_models import losses
 from onegpu.adapters.low_rank import LowRankAttachment, LowRankLinear
+from onegpu.adapters.registry import ADAPTERS, entries
 from onegpu.adapters.structure import Wrapper, linears, swap
 from onegpu.recipes import Loaded, Outcome, optimisers, running, training
 from onegpu.recipes.step_proof import StepProof
 from onegpu.recipes.training import Session
 
+UNATTACHABLE = {"xlora"}  # needs other adapters' folders
 LORA = {"lora": {"rank": 4}}
 Q1 = "model.layers.1.self_attn.q_proj"
 Recipe = Callable[..., Loaded]
@@ -336,6 +341,41 @@ def test_nothing_to_train_is_refused(stack: Stack, monkeypatch: pytest.MonkeyPat
         attachment.parameters.clear()
     with pytest.raises(ProofFailed, match="nothing would be trained"):
         StepProof(stack, optimizer)
+
+
+ADAPTERS_OF_OURS = [entry.name for entry in entries(ADAPTERS) if entry.distribution == "onegpu"]
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS_OF_OURS if name not in UNATTACHABLE])
+def test_every_adapter_is_proved_to_train_what_it_declares(name: str) -> None:
+    proof_of = PROOFS.get(name, Proof())
+    case = case_of(name, proof_of.config, proof_of.beside)
+    stack = case.start()
+    loop = Loop(stack, case.family)
+    proof = StepProof(stack, loop.optimizer)
+    frozen = {n: p.detach().clone() for n, p in stack.root.named_parameters() if not p.requires_grad}
+    for step in range(4):
+        torch.manual_seed(step)
+        stack.model.train()
+        for attachment in stack.attachments:
+            attachment.before_step(step)
+        proof.before_loss()
+        losses(stack.model, case.family).backward()
+        proof.after_loss()
+        for attachment in stack.attachments:
+            if (penalty := attachment.penalty()) is not None:
+                penalty.backward()
+            attachment.after_backward(step)
+        proof.before_step(0.01)
+        loop.optimizer.step()
+        proof.after_step()
+        loop.update()
+    assert proof.verdict().startswith(f"{len(proof.proved)} tensors had a gradient and moved")
+    assert proof.proved
+    if all(n.adapter.capabilities.base_frozen for n in stack.named):
+        assert len(proof.proved) == len(stack.trainable())
+        after = dict(stack.root.named_parameters())
+        assert [n for n, before in frozen.items() if not torch.equal(before, after[n])] == []
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
