@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .compatibility import circumstances_of, refuse_unfit
 from .contract import Context
 from .errors import StackError
 from .fingerprints import fingerprint
 from .frozen_linear import packed_as
 from .isolation import answerable
-from .specs import Named, Spec, build, check, check_family, refuse_half, refuse_several
+from .specs import Named, Spec, build, check, refuse_several
 from .stack import Stack, present, remember
 from .structure import Addition, Layers, head_modules, new_modules
 
@@ -45,8 +46,8 @@ def attach(
     """
     named = build(specs)
     check(named, has_head=bool(head_modules(model)))
-    check_family(named, model)
     _check_model(model, named)
+    refuse_unfit(named, circumstances_of(model))
     stack = Stack(model, named, [], Layers.of(model))
     if not all(n.adapter.capabilities.base_frozen for n in named):
         stack.base = fingerprint(model)
@@ -88,14 +89,6 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
             raise StackError(
                 f"{n.name} packs weights while they are read; load the model with load_base(..., [{n.name!r}])"
             )
-        if not capabilities.quantised_bases and packed_as(model) is not None:
-            why = capabilities.because("quantised_bases")
-            raise StackError(f"{n.name} cannot work on a base packed as {packed_as(model)}{why}")
-        checkpoints = isinstance(model, PreTrainedModel) and model.is_activation_checkpointing
-        if checkpoints and not capabilities.checkpointing:
-            why = capabilities.because("checkpointing")
-            raise StackError(f"{n.name} cannot work under gradient checkpointing{why}")
-        refuse_half(n, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
 
 
 def _free_heads_only(stack: Stack) -> None:

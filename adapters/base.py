@@ -1,7 +1,7 @@
 """Loads a base model, as the loading stage of a stack wants it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,17 +11,28 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .compatibility import Circumstances, refuse_unfit
 from .contract import LoadOptions
 from .device import Hardware, Precision, attention, compute_dtype, detect
-from .errors import RecipeError
+from .errors import OnegpuError, RecipeError, gathered, together
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
 from .quiet import quietly
 from .sources import SAFELY, Source, locate
-from .specs import Named, Spec, build, check_family, refuse_half
+from .specs import Named, Spec, build
 from .structure import head_modules, output_embeddings
 
-__all__ = ["Footprint", "Kind", "footprint", "load_base", "load_options"]
+__all__ = [
+    "Footprint",
+    "Kind",
+    "any_skeleton",
+    "footprint",
+    "load_base",
+    "load_options",
+    "refuse_foreign_packing",
+    "settled",
+    "skeleton_of",
+]
 
 Kind = Literal[
     "causal-lm",
@@ -122,28 +133,63 @@ def load_options(
     Reads the configuration of the base, not its weights.
 
     Raises:
-        RecipeError, TargetError, StackError, DeviceError: it cannot.
+        RecipeError, TargetError, StackError, DeviceError: it cannot; with every fault.
     """
     hardware = hardware or detect()
-    options = LoadOptions(dtype=compute_dtype(precision, hardware), device=hardware.device)
-    skeleton = _skeleton(place, kind, revision)
-    _refuse_foreign_packing(skeleton, place, stack)
+    dtype = compute_dtype(precision, hardware)
+    skeleton = skeleton_of(place, kind, revision)
+    refuse_foreign_packing(skeleton, place, stack)
+    return settled(skeleton, stack, dtype=dtype, hardware=hardware)
+
+
+def settled(
+    skeleton: PreTrainedModel,
+    stack: Sequence[Named],
+    *,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    checkpointing: bool = False,
+    at: Callable[[int], AbstractContextManager[None]] = nullcontext,
+) -> LoadOptions:
+    """The loading options after every adapter of the stack had its say and was found to work on this base.
+
+    Args:
+        skeleton: the model without weights.
+        dtype: of everything that no adapter packs.
+        checkpointing: whether activations will be computed anew.
+        at: the place of the adapter of that number, for messages.
+
+    Raises:
+        TargetError, StackError, PluginError: one or more cannot; with every fault of each.
+    """
+    options = LoadOptions(dtype=dtype, device=hardware.device)
     output = output_embeddings(skeleton)
     # A packed head could not be trained, and packed logits are coarse.
     keep = (*head_modules(skeleton), *([output] if output else []))
-    check_family(stack, skeleton)
-    for named in stack:
-        with answerable(named.name, named.entry, "check"):
-            named.adapter.check(skeleton)
-        with answerable(named.name, named.entry, "load_options"):
+    found: list[OnegpuError] = []
+    for index, named in enumerate(stack):
+        circumstances = Circumstances(model=skeleton, device=hardware.kind, checkpointing=checkpointing)
+        with gathered(found), at(index):
+            refuse_unfit([named], circumstances)
+            with answerable(named.name, named.entry, "check"):
+                named.adapter.check(skeleton)
+        with gathered(found), at(index), answerable(named.name, named.entry, "load_options"):
             options = named.adapter.load_options(options, keep)
-    for named in stack:
-        refuse_half(named, options.dtype)
+    chosen = attention(options.autocast or options.dtype, hardware) or skeleton.config._attn_implementation
+    for index, named in enumerate(stack):
+        with gathered(found), at(index):
+            refuse_unfit([named], Circumstances(dtype=options.dtype, attention=chosen))
+    if found:
+        raise together(found)
     return options
 
 
-def _skeleton(place: str, kind: Kind, revision: str | None) -> PreTrainedModel:
-    """The model without weights."""
+def skeleton_of(place: str, kind: Kind, revision: str | None) -> PreTrainedModel:
+    """The model without weights, on torch's meta device.
+
+    Raises:
+        RecipeError: it cannot be used as this kind of model.
+    """
     try:
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
@@ -163,8 +209,20 @@ def _why(place: str, revision: str | None, cause: Exception) -> str:
     return _first_line(cause)
 
 
-def _refuse_foreign_packing(skeleton: PreTrainedModel, place: str, stack: Sequence[Named]) -> None:
-    """A checkpoint that is packed on disk would otherwise run through its packer's own layers."""
+def any_skeleton(place: str, revision: str | None) -> PreTrainedModel | None:
+    """The model without weights as whatever it can be used as; None for what cannot be used at all."""
+    for kind in AUTO:
+        with suppress(RecipeError):
+            return skeleton_of(place, kind, revision)
+    return None
+
+
+def refuse_foreign_packing(skeleton: PreTrainedModel, place: str, stack: Sequence[Named]) -> None:
+    """A checkpoint that is packed on disk would otherwise run through its packer's own layers.
+
+    Raises:
+        RecipeError: it is packed, and the stack does not say so.
+    """
     packing = getattr(skeleton.config, "quantization_config", None)
     if packing is None:
         return

@@ -46,6 +46,8 @@ class Capabilities:
     checkpointing: bool = True  # gives the same gradients under gradient checkpointing
     packing: bool = True  # sequences packed into one row do not see each other
     row_by_row: bool = True  # what it gives for a row does not depend on the other rows of its batch
+    devices: tuple[str, ...] = ("cpu", "cuda")  # kinds of device that it works on
+    attentions: tuple[str, ...] | None = None  # transformers' implementations that it works with; None for any
     several: bool = True  # two instances work on one model
     planned: bool = True  # `cost` can tell from a model without weights
     reasons: Mapping[str, str] = field(default_factory=dict)  # capability -> why it is as it is, for messages

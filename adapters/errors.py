@@ -17,7 +17,8 @@
 A message names the place and the valid choices; no traceback is needed to act on it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
 
@@ -36,8 +37,10 @@ __all__ = [
     "ProofFailed",
     "Interrupted",
     "brief",
+    "gathered",
     "nearest",
     "printable",
+    "together",
 ]
 
 
@@ -114,6 +117,27 @@ class Interrupted(OnegpuError):
     """The user stopped a run that can be resumed."""
 
     exit_code = 130
+
+
+@contextmanager
+def gathered(found: list[OnegpuError]) -> Iterator[None]:
+    """Note what is wrong inside the block, so that all faults can be told at once; see `together`."""
+    try:
+        yield
+    except OnegpuError as error:
+        found.append(error)
+
+
+def together(found: Sequence[OnegpuError]) -> OnegpuError:
+    """Several errors as one, a line each. Where the input is at fault, so it is (exit 2), whatever else is missing."""
+    if len(found) == 1:
+        return found[0]
+    lines = list(dict.fromkeys(str(error) for error in found))
+    kinds = {type(error) for error in found}
+    if len(kinds) == 1:
+        return kinds.pop()("\n".join(lines))
+    wrong = any(isinstance(error, InvalidInput) for error in found)
+    return (RecipeError if wrong else Unavailable)("\n".join(lines))
 
 
 def nearest(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:

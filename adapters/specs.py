@@ -1,23 +1,20 @@
 """What a stack is to be: specifications read into adapters, and refused where they cannot work together."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from torch import nn
 
 from . import registry
 from .contract import Adapter
 from .errors import RecipeError, StackError, brief
 from .isolation import answerable
 from .registry import ADAPTERS, Entry
-from .structure import family
 from .validation import faults
 
-__all__ = ["Named", "Spec", "build", "check", "check_family", "get", "refuse_half", "refuse_several", "split"]
+__all__ = ["Named", "Spec", "build", "check", "get", "refuse_several", "split"]
 
 Spec = str | Mapping[str, Any] | Adapter
 
@@ -96,22 +93,32 @@ def check(stack: Sequence[Named], *, has_head: bool = False) -> None:
     """Refuse what cannot work, from declared capabilities alone, before any weight is read.
 
     Raises:
-        StackError: with the reason.
+        StackError: with every reason.
     """
+    found = [*_together(stack, has_head=has_head)]
+    try:
+        refuse_several(stack)
+    except StackError as error:
+        found.append(str(error))
+    if found:
+        raise StackError("; ".join(found))
+
+
+def _together(stack: Sequence[Named], *, has_head: bool) -> Iterator[str]:
+    """What the adapters of a stack declare that rules out others of it."""
     quantisers = [n.name for n in stack if n.adapter.capabilities.quantises]
     if len(quantisers) > 1:
-        raise StackError(f"a base is packed once: choose one of {' and '.join(quantisers)}")
+        yield f"a base is packed once: choose one of {' and '.join(quantisers)}"
     trainers = [n for n in stack if n.adapter.capabilities.trains]
     for n in trainers:
         if quantisers and not n.adapter.capabilities.quantised_bases:
             why = n.adapter.capabilities.because("quantised_bases") or ": leave one of them out"
-            raise StackError(f"{n.name} cannot work on what {quantisers[0]} has packed{why}")
+            yield f"{n.name} cannot work on what {quantisers[0]} has packed{why}"
         if not n.adapter.capabilities.base_frozen and len(trainers) > 1:
             others = " and ".join(t.name for t in trainers if t is not n)
-            raise StackError(f"{n.name} trains the base itself, so {others} beside it has no fixed base to stand on")
-    refuse_several(stack)
+            yield f"{n.name} trains the base itself, so {others} beside it has no fixed base to stand on"
     if not trainers and not has_head:
-        raise StackError("nothing would be trained: add an adapter that trains something, such as lora")
+        yield "nothing would be trained: add an adapter that trains something, such as lora"
 
 
 def refuse_several(stack: Sequence[Named], present: Iterable[type[Adapter]] = ()) -> None:
@@ -121,27 +128,3 @@ def refuse_several(stack: Sequence[Named], present: Iterable[type[Adapter]] = ()
         if kinds[type(n.adapter)] > 1 and not n.adapter.capabilities.several:
             why = n.adapter.capabilities.because("several")
             raise StackError(f"{n.name} would be the second of its kind, and a model can have one{why}")
-
-
-def check_family(stack: Sequence[Named], model: nn.Module) -> None:
-    """Refuse adapters that declare that they cannot work on this kind of model; needs no weights.
-
-    Raises:
-        StackError: with the reason.
-    """
-    capability, kind = family(model)
-    for n in stack:
-        if not getattr(n.adapter.capabilities, capability):
-            raise StackError(f"{n.name} cannot work on {kind}{n.adapter.capabilities.because(capability)}")
-
-
-def refuse_half(named: Named, dtype: torch.dtype) -> None:
-    """Refuse an adapter that declares that it needs a float32 base.
-
-    Raises:
-        StackError: with the reason.
-    """
-    if dtype in (torch.bfloat16, torch.float16) and not named.adapter.capabilities.half_bases:
-        short = str(dtype).removeprefix("torch.")
-        why = named.adapter.capabilities.because("half_bases")
-        raise StackError(f"{named.name} cannot work on a base in {short}{why}; load it in float32")

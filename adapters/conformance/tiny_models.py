@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from ..base import load_base
+from ..compatibility import Circumstances, refuse_unfit
 from ..contract import LoadOptions
 from ..device import DTYPES, Hardware
 from ..quiet import quietly
-from ..specs import Named, Spec, build, check_family
+from ..specs import Named, Spec, build
 from ..structure import head_modules, output_embeddings
 
 __all__ = ["FAMILIES", "ROWS", "Family", "Precision", "batch", "load", "logits", "losses", "place", "skeleton"]
@@ -153,7 +154,7 @@ def _read(family: Family, described: str, precision: Precision, folder: str, hel
 def _read_directly(family: Family, stack: Sequence[Named], dtype: torch.dtype, folder: str) -> PreTrainedModel:
     """What `load_base` does, for a model that it does not know."""
     bare = skeleton(family)
-    check_family(stack, bare)
+    refuse_unfit(stack, Circumstances(model=bare))
     options = LoadOptions(dtype=dtype, device=torch.device("cpu"))
     keep = tuple(filter(None, (*head_modules(bare), output_embeddings(bare))))
     for named in stack:
