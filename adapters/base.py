@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .compatibility import Circumstances, refuse_unfit
 from .contract import LoadOptions
 from .device import Hardware, Precision, attention, compute_dtype, detect
-from .errors import OnegpuError, RecipeError, gathered, together
+from .errors import OnegpuError, RecipeError, noted, together
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
 from .quiet import quietly
@@ -169,15 +169,15 @@ def settled(
     found: list[OnegpuError] = []
     for index, named in enumerate(stack):
         circumstances = Circumstances(model=skeleton, device=hardware.kind, checkpointing=checkpointing)
-        with gathered(found), at(index):
+        with noted(found), at(index):
             refuse_unfit([named], circumstances)
             with answerable(named.name, named.entry, "check"):
                 named.adapter.check(skeleton)
-        with gathered(found), at(index), answerable(named.name, named.entry, "load_options"):
+        with noted(found), at(index), answerable(named.name, named.entry, "load_options"):
             options = named.adapter.load_options(options, keep)
     chosen = attention(options.autocast or options.dtype, hardware) or skeleton.config._attn_implementation
     for index, named in enumerate(stack):
-        with gathered(found), at(index):
+        with noted(found), at(index):
             refuse_unfit([named], Circumstances(dtype=options.dtype, attention=chosen))
     if found:
         raise together(found)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .contract import Adapter, Attachment, Capabilities, Context
 from .errors import StackError, TargetError, nearest
 from .structure import Wrapper, head_modules, linear_shape, modules, swap, unwrap
-from .targets import ALL_LINEAR, matches
+from .targets import ALL_LINEAR, as_list, matches
 
 __all__ = ["BitFit"]
 
@@ -34,6 +34,10 @@ class BitFit(Adapter):
     targets: str | Annotated[list[str], Field(min_length=1)] = ALL
     """Whose biases: `all`, `all-linear`, names or patterns. Heads are trained whole anyway."""
 
+    def aims(self, skeleton: nn.Module) -> dict[str, list[str]]:
+        biased = _biased(skeleton)
+        return {entry: [p for p, m in biased.items() if _means(entry, p, m)] for entry in as_list(self.targets)}
+
     def check(self, skeleton: nn.Module) -> None:
         self.resolve(skeleton)
 
@@ -53,7 +57,7 @@ class BitFit(Adapter):
         biased = _biased(model)
         if not biased:
             raise StackError(f"bitfit trains biases, and {type(model).__name__} was made without any: use lora instead")
-        wanted = [self.targets] if isinstance(self.targets, str) else self.targets
+        wanted = as_list(self.targets)
         hits = {entry: {path for path, m in biased.items() if _means(entry, path, m)} for entry in wanted}
         if missed := [entry for entry, found in hits.items() if not found]:
             names = {path.rpartition(".")[2] for path in biased}

@@ -125,6 +125,10 @@ class Adapter(BaseModel, ABC):
     def check(self, skeleton: nn.Module) -> None:
         """Refuse what cannot work on this base, given the model without weights (on torch's meta device)."""
 
+    def aims(self, skeleton: nn.Module) -> Mapping[str, Sequence[str]]:
+        """What each entry of its targets means: entry -> paths of modules; nothing for one that has no such setting."""
+        return {}
+
     def positions(self) -> int:
         """How many of the model's positions it occupies; the longest input shrinks by as many."""
         return 0

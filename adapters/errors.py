@@ -38,6 +38,7 @@ __all__ = [
     "Interrupted",
     "brief",
     "gathered",
+    "noted",
     "nearest",
     "printable",
     "together",
@@ -120,7 +121,7 @@ class Interrupted(OnegpuError):
 
 
 @contextmanager
-def gathered(found: list[OnegpuError]) -> Iterator[None]:
+def noted(found: list[OnegpuError]) -> Iterator[None]:
     """Note what is wrong inside the block, so that all faults can be told at once; see `together`."""
     try:
         yield

@@ -18,7 +18,7 @@ from .contract import Adapter, Attachment, Capabilities, Context
 from .errors import StackError
 from .frozen_linear import FrozenLinear
 from .structure import Wrapper, inside, linear_shape, modules, swap, unwrap, weight
-from .targets import ALL_LINEAR, resolve, shortest_names
+from .targets import ALL_LINEAR, as_list, resolve, shortest_names
 
 __all__ = ["LowRank", "LowRankAttachment", "LowRankLinear", "matrix", "product", "random_start"]
 
@@ -55,6 +55,9 @@ class LowRank(Adapter):
     def scale(self) -> float:
         """What the update is multiplied by."""
         return self.effective_alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def aims(self, skeleton: nn.Module) -> dict[str, list[str]]:
+        return {entry: list(resolve(skeleton, entry)) for entry in as_list(self.targets)}
 
     def check(self, skeleton: nn.Module) -> None:
         resolve(skeleton, self.targets)

@@ -30,6 +30,13 @@ class Source:
     revision: str | None = None
     parts: tuple[Path, Path] | None = None  # folders of an encoder and of what becomes its decoder
 
+    @property
+    def ready(self) -> bool:
+        """Whether `materialise` has nothing to convert, so that it takes no time."""
+        if self.place is None or self.place.suffix != ".gguf":
+            return self.parts is None
+        return _dequantised_folder(self.place).is_dir()
+
     def materialise(self) -> str:
         """What `from_pretrained` takes: a folder or a hub id.
 
@@ -144,12 +151,16 @@ def _models(root: Path) -> list[Path]:
 
 def _dequantised(gguf: Path) -> Path:
     """The folder with the file's weights in bf16, its configuration and its tokenizer; made at first use."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{gguf.stem}-{digest[:16]}-bf16"
+    folder = _dequantised_folder(gguf)
     if not folder.is_dir():
         from .gguf import dequantise  # imports the reader only when a file must be converted
 
         with atomic_folder(folder) as partial:
             dequantise(gguf, partial)
     return folder
+
+
+def _dequantised_folder(gguf: Path) -> Path:
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "gguf" / f"{gguf.stem}-{digest[:16]}-bf16"

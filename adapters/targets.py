@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .errors import TargetError, nearest
 from .structure import head_modules, linears, modules, output_embeddings, unwrap
 
-__all__ = ["ALL_LINEAR", "Kind", "matches", "resolve", "resolve_kind", "shortest_names"]
+__all__ = ["ALL_LINEAR", "Kind", "as_list", "matches", "resolve", "resolve_kind", "shortest_names"]
 
 Kind = Literal["linears", "norms", "embeddings", "blocks"]
 
@@ -30,7 +30,7 @@ def resolve(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Modu
             tied output embeddings, or `all-linear` would pass over experts that are kept as one large parameter.
     """
     found = linears(model)
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = as_list(targets)
     heads, output = _in_heads(model), output_embeddings(model)
     if ALL_LINEAR in wanted:
         _refuse_fused_experts(model)
@@ -46,6 +46,11 @@ def resolve(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Modu
         raise TargetError("; ".join(faults))
     _refuse_tied_output(model, chosen)
     return {path: module for path, module in found.items() if path in chosen}
+
+
+def as_list(targets: str | Sequence[str]) -> list[str]:
+    """The entries of `targets`, one or many."""
+    return [targets] if isinstance(targets, str) else list(targets)
 
 
 def matches(path: str, entry: str) -> bool:
@@ -112,7 +117,7 @@ def resolve_kind(model: nn.Module, targets: str | Sequence[str], kind: Kind) -> 
         for path, module in modules(model)
         if IS_A[kind](unwrap(module), model) and not any(path == h or path.startswith(f"{h}.") for h in heads)
     }
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = as_list(targets)
     chosen: set[str] = set()
     for entry in wanted:
         hits = {path for path in among if entry == "all" or matches(path, entry)}

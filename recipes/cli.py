@@ -82,11 +82,21 @@ def run(
 @SET
 @JSON
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print a recipe with every effective value written out."""
+    """Print a recipe with every effective value written out.
+
+    As comments below: what its targets come to on its base, where that is at hand.
+    """
     from .loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    print(json.dumps(loaded.resolved(), indent=2) if as_json else loaded.as_yaml().rstrip())
+    if as_json:
+        print(json.dumps(loaded.resolved(), indent=2))
+        return
+    from .showing import targets_of
+
+    print(loaded.as_yaml().rstrip())
+    for line in targets_of(loaded):
+        print(f"# {line}".rstrip())
 
 
 @app.command()

@@ -8,24 +8,27 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from onegpu.adapters import OnegpuError, RecipeError, Stack, StackError, artefact, load_base
-from onegpu.adapters.base import load_options
+from onegpu.adapters import OnegpuError, RecipeError, Stack, Unavailable, artefact, load_base
+from onegpu.adapters.base import any_skeleton, refuse_foreign_packing, settled, skeleton_of
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect
+from onegpu.adapters.errors import noted, together
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
+from onegpu.adapters.structure import family
+from onegpu.adapters.target_table import Target, target_table
 
 from .data.batches import Plan, resolve_micro_batch
 from .data.dataset import Dataset, Gathered, Trained, encode, gather
 from .evaluation import Evaluator, evaluating
-from .facts import Facts, check_tokenizer, facts_of
+from .facts import check_tokenizer, facts_of
 from .loading import Loaded
 from .selection import choose
 from .tasks import Labels, Reader
 from .teachers import Teacher, find_teacher, referring
 
-__all__ = ["Job", "make_reader", "preflight"]
+__all__ = ["Job", "make_reader", "preflight", "target_rows"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Job:
     place: str  # what transformers loads from
     hardware: Hardware
     options: LoadOptions
+    targets: Sequence[Target]
     gathered: Gathered
     reader: Reader
     dataset: Dataset
@@ -102,76 +106,131 @@ class Job:
 
 
 def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
-    """Find and check everything that a run needs before any weight is read.
+    """Find and check everything that a run needs before any weight is read; every fault is told at once.
 
     Args:
         trained: the classes of a head that was trained before; found in the training rows when left out.
 
     Raises:
-        RecipeError, DataError: something in the recipe or its data is wrong.
+        RecipeError, DataError, TargetError, StackError: something in the recipe or its data is wrong.
         Unavailable: a package, a device or a precision is missing.
     """
-    recipe, task = loaded.recipe, ("task", loaded.task_name)
+    found: list[OnegpuError] = []
     hardware = detect()
-    with loaded.place("train", "precision"):
-        compute_dtype(recipe.train.precision, hardware)
-    with loaded.place("base"):
-        source = locate(recipe.base, revision=recipe.revision, beside=loaded.folder)
-    with loaded.place("revision"):
-        if recipe.revision is not None and source.place is not None:
-            raise RecipeError("only a hub id has revisions, and the base is a file or a folder: leave `revision` out")
-    before: Facts | None = None
-    if recipe.adapter is not None:
-        with loaded.place("adapter"):
-            before = facts_of(recipe.adapter, artefact.read(recipe.adapter).manifest)
-    _check_selection(loaded)
-    _check_batch(loaded)
-    gathered = gather(loaded, trained)
+    source = _source(loaded, found)
+    _check_settings(loaded, found)
+    gathered = None
+    with noted(found):
+        gathered = gather(loaded, trained)
+    if source is None or (found and not source.ready):  # converting a base takes minutes: not for a run that cannot be
+        raise together(found)
     with loaded.place("base"):
         place = source.materialise()
-    kind, precision = loaded.task.model_kind(), recipe.train.precision
-    try:
-        options = load_options(
-            place, loaded.stack, kind=kind, precision=precision, hardware=hardware, revision=source.revision
-        )
-    except OnegpuError as error:
-        with loaded.place("base" if isinstance(error, RecipeError) else "adapters"):
-            raise
-    _refuse_checkpointing(loaded)
-    reader = make_reader(place, loaded, gathered.labels, gathered.class_weights)
-    if recipe.adapter is not None and before is not None:
-        with loaded.place("adapter"):
-            check_tokenizer(recipe.adapter, before, reader.tokenizer, allow=loaded.allow_base_mismatch)
-    teacher = find_teacher(loaded, reader, hardware)
-    with loaded.place(*task):
-        dataset = encode(loaded, gathered, reader)
+    fit = _fit(loaded, place, source.revision, hardware, found)
+    if gathered is None:
+        raise together(found)
+    reader = teacher = dataset = None
+    with noted(found):
+        reader = make_reader(place, loaded, gathered.labels, gathered.class_weights)
+        _check_continued(loaded, reader)
+        teacher = find_teacher(loaded, reader, hardware)
+    with noted(found), loaded.place("task", loaded.task_name):
+        dataset = encode(loaded, gathered, reader) if reader else None
+    if found or fit is None or reader is None or dataset is None:
+        raise together(found)
     if teacher is not None:
-        with loaded.place(*task, "max_length"):
+        with loaded.place("task", loaded.task_name, "max_length"):
             teacher.refuse_longer(min(dataset.longest, reader.limit))
-    return Job(loaded, source, place, hardware, options, gathered, reader, dataset, teacher)
+    options, targets = fit
+    return Job(loaded, source, place, hardware, options, targets, gathered, reader, dataset, teacher)
 
 
-def _check_selection(loaded: Loaded) -> None:
-    best, task = loaded.recipe.train.best, loaded.task
-    with loaded.place("train", "best"):
-        choose(best, task.measures())
-        if best is not None and task.evaluation == "none":
+def _check_continued(loaded: Loaded, reader: Reader) -> None:
+    """A saved adapter goes on with the tokens that it was trained with."""
+    folder = loaded.recipe.adapter
+    if folder is not None:
+        with loaded.place("adapter"):
+            facts = facts_of(folder, artefact.read(folder).manifest)
+            check_tokenizer(folder, facts, reader.tokenizer, allow=loaded.allow_base_mismatch)
+
+
+def target_rows(loaded: Loaded) -> list[Target]:
+    """What the targets of a recipe come to on its base; nothing of its data is read, and no base is converted.
+
+    Raises:
+        OnegpuError: the base is not at hand, or the stack cannot work on it.
+    """
+    with loaded.place("base"):
+        source = locate(loaded.recipe.base, revision=loaded.recipe.revision, beside=loaded.folder)
+        if not source.ready:
+            raise Unavailable("the base is converted when it is used first, which has not been yet")
+        skeleton = skeleton_of(source.materialise(), loaded.task.model_kind(), source.revision)
+    return target_table(skeleton, loaded.stack)
+
+
+def _source(loaded: Loaded, found: list[OnegpuError]) -> Source | None:
+    recipe, source = loaded.recipe, None
+    with noted(found), loaded.place("base"):
+        source = locate(recipe.base, revision=recipe.revision, beside=loaded.folder)
+    with noted(found), loaded.place("revision"):
+        if recipe.revision is not None and source is not None and source.place is not None:
+            raise RecipeError("only a hub id has revisions, and the base is a file or a folder: leave `revision` out")
+    return source
+
+
+def _check_settings(loaded: Loaded, found: list[OnegpuError]) -> None:
+    """What can be told from the recipe and its task alone."""
+    recipe, task = loaded.recipe, loaded.task
+    with noted(found), loaded.place("adapter"):
+        if recipe.adapter is not None:
+            facts_of(recipe.adapter, artefact.read(recipe.adapter).manifest)
+    with noted(found), loaded.place("train", "best"):
+        choose(recipe.train.best, task.measures())
+        if recipe.train.best is not None and task.evaluation == "none":
             raise RecipeError("best: nothing is held out to choose by, as `evaluation` is `none`")
-
-
-def _refuse_checkpointing(loaded: Loaded) -> None:
-    for named in loaded.stack if loaded.recipe.train.gradient_checkpointing else ():
-        if not named.adapter.capabilities.checkpointing:
-            with loaded.place("train", "gradient_checkpointing"):
-                why = named.adapter.capabilities.because("checkpointing")
-                raise StackError(f"{named.name} cannot work under gradient checkpointing{why}")
-
-
-def _check_batch(loaded: Loaded) -> None:
-    given, least = loaded.recipe.train.effective_batch, loaded.task.smallest_batch()
-    if given < least:
-        with loaded.place("train", "effective_batch"):
+    given, least = recipe.train.effective_batch, task.smallest_batch()
+    with noted(found), loaded.place("train", "effective_batch"):
+        if given < least:
             raise RecipeError(f"effective_batch is {given}, and {loaded.task_name} needs at least {least} a step")
+
+
+def _fit(
+    loaded: Loaded, place: str, revision: str | None, hardware: Hardware, found: list[OnegpuError]
+) -> tuple[LoadOptions, list[Target]] | None:
+    """What the stack makes of the base, with the table of its targets; None where something was found to be wrong."""
+    settings, kind, skeleton, fit = loaded.recipe.train, loaded.task.model_kind(), None, None
+    dtype = torch.float32
+    with noted(found), loaded.place("train", "precision"):
+        dtype = compute_dtype(settings.precision, hardware)
+    with noted(found), loaded.place("base"):
+        skeleton = skeleton_of(place, kind, revision)
+        refuse_foreign_packing(skeleton, place, loaded.stack)
+        _refuse_encoder(loaded, skeleton)
+    usable = skeleton or any_skeleton(place, revision)  # of a base of another kind, too, the targets can be checked
+    if usable is None:  # nothing more can be told of a base that cannot be read
+        raise together(found)
+    checkpointing = settings.gradient_checkpointing
+    with noted(found):
+        options = settled(
+            usable,
+            loaded.stack,
+            dtype=dtype,
+            hardware=hardware,
+            checkpointing=checkpointing,
+            at=lambda index: loaded.place("adapters", index),
+        )
+        with loaded.place("adapters"):
+            fit = options, target_table(usable, loaded.stack)
+    return fit
+
+
+def _refuse_encoder(loaded: Loaded, skeleton: PreTrainedModel) -> None:
+    """transformers makes a causal model of an encoder, which then looks at the very tokens that it is to predict."""
+    if loaded.task.model_kind() == "causal-lm" and family(skeleton)[0] == "encoders":
+        raise RecipeError(
+            f"base {loaded.recipe.base!r} is a model that only encodes ({type(skeleton).__name__}), and "
+            f"{loaded.task_name} needs one that writes"
+        )
 
 
 def make_reader(place: str, loaded: Loaded, labels: Labels, class_weights: Sequence[float] | None = None) -> Reader:

@@ -31,7 +31,7 @@ from .resident_proof import ResidentProof
 from .resuming import go_on
 from .runfolder import RunFolder
 from .selection import choose
-from .showing import lengths_line, rows_line, unusable_lines
+from .showing import lengths_line, rows_line, target_lines, unusable_lines
 from .tasks import Task, model_inputs
 from .teachers import tokenizer_digest
 from .training import Session, keep_best, train
@@ -275,6 +275,8 @@ def _describe(job: Job, display: Display) -> None:
     display.line("recipe", job.loaded.name)
     display.line("data", f"{job.gathered.rows.written}: {rows_line(report)}; {what}")
     display.line("lengths", lengths_line(report))
+    for text in target_lines(job.targets):
+        display.line("targets", text)
     for text in unusable_lines(report):
         display.line("dropped", text)
     for what, count in report["duplicates"].items():

@@ -1,20 +1,34 @@
 """`onegpu data`: what a recipe's rows become, with what is learned of them marked."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from onegpu.adapters import TASKS
+from onegpu.adapters import TASKS, OnegpuError
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import entry_of
+from onegpu.adapters.target_table import Target
 
-from .jobs import Job
+from .jobs import Job, target_rows
+from .loading import Loaded
 from .tasks import Example
 
-__all__ = ["data_report", "lengths_line", "marked_text", "report_lines", "rows_line", "unusable_lines"]
+__all__ = [
+    "data_report",
+    "lengths_line",
+    "marked_text",
+    "report_lines",
+    "rows_line",
+    "target_lines",
+    "targets_of",
+    "unusable_lines",
+]
 
 LISTED = 5  # places of unusable rows
 LISTED_CLASSES = 30
+WIDTH = 80
+TARGET_WIDTH = 68  # with the labels of a run in front, a line is at most 80
 
 
 def data_report(job: Job, shown: int) -> dict[str, Any]:
@@ -77,6 +91,25 @@ def lengths_line(report: dict[str, Any]) -> str:
     text = f"{middle:,} tokens in the middle, 95 % up to {most:,}, longest {longest:,}"
     count = round(report["cut_share"] * report["train_examples"])
     return text + (f"; {count:,} of {report['train_examples']:,} are cut to {report['limit']:,}" if count else "")
+
+
+def targets_of(loaded: Loaded) -> list[str]:
+    """The table of targets of a recipe, for `onegpu show`; or why there is none."""
+    try:
+        return ["targets on this base:", *(f"  {line}" for line in target_lines(target_rows(loaded)))]
+    except OnegpuError as error:
+        return textwrap.wrap(f"targets: not known, {error}", WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+
+
+def target_lines(rows: Sequence[Target]) -> list[str]:
+    """What the targets of a stack come to: a line for each entry, and how many modules of which kind it means."""
+    lines = []
+    for row in rows:
+        count = f"{row.parameters:,} parameters" if row.parameters is not None else "parameters known with the weights"
+        lines.append(f"{row.adapter} {row.entry}: {row.modules:,} module{'s' if row.modules != 1 else ''}, {count}")
+        kinds = ", ".join(f"{name} {number:,}" for name, number in row.kinds.items())
+        lines += textwrap.wrap(kinds, TARGET_WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return lines
 
 
 def unusable_lines(report: dict[str, Any]) -> list[str]:

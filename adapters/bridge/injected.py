@@ -21,7 +21,7 @@ from ..contract import Adapter, Attachment, Context
 from ..errors import StackError
 from ..frozen_linear import FrozenLinear
 from ..structure import Layers, head_modules, unwrap, without_wrappers
-from ..targets import ALL_LINEAR, Kind, resolve, resolve_kind, shortest_names
+from ..targets import ALL_LINEAR, Kind, as_list, resolve, resolve_kind, shortest_names
 from .config import differing
 from .tuner import Instance, activate, inject, keeping_what_trains, quiet_peft, seeded, tuned, withdraw
 
@@ -82,6 +82,9 @@ class Injected(Bridged):
             raise ValueError(str(cause)) from cause
         return self
 
+    def aims(self, skeleton: nn.Module) -> dict[str, list[str]]:
+        return {entry: list(self.chosen(skeleton, entry)) for entry in as_list(self.targets)}
+
     def check(self, skeleton: nn.Module) -> None:
         self.chosen(skeleton)
         try:
@@ -92,11 +95,12 @@ class Injected(Bridged):
             return  # it looks at weights when it starts, and these come later
         attachment.detach()
 
-    def chosen(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules it changes, by logical path."""
+    def chosen(self, model: nn.Module, entry: str | None = None) -> dict[str, nn.Module]:
+        """The modules it changes, by logical path; or those of one entry."""
+        wanted = self.targets if entry is None else entry
         if self.method.on == "linears":
-            return resolve(model, self.targets)
-        return resolve_kind(model, self.targets, self.method.on)
+            return resolve(model, wanted)
+        return resolve_kind(model, wanted, self.method.on)
 
     def attach(self, model: nn.Module, context: Context) -> "InjectedAttachment":
         chosen = self.chosen(model)

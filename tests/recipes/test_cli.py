@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "target without match": (
         [("rank: 2", "targets: q_prj")],
         2,
-        ["recipe.yaml:2", "'q_prj' matches no linear", "did you mean 'q_proj'"],
+        ["recipe.yaml:3", "'q_prj' matches no linear", "did you mean 'q_proj'"],
     ),
     "unknown adapter": ([("lora:", "loar:")], 3, ["recipe.yaml:3", "'loar'", "did you mean 'lora'"]),
     "unknown task": ([("chat:", "chatt:")], 3, ["recipe.yaml:4", "'chatt'", "did you mean 'chat'"]),

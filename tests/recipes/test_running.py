@@ -141,7 +141,7 @@ def test_a_missing_base_is_refused_at_its_line(chat_recipe: Recipe, run: Run, tm
 
 def test_targets_that_match_nothing_are_refused_at_their_line(chat_recipe: Recipe, run: Run, tmp_path: Path) -> None:
     loaded = chat_recipe([{"lora": {"targets": ["q_prj"]}}])
-    told = _refusal(loaded, run, tmp_path, key=("adapters",))
+    told = _refusal(loaded, run, tmp_path, key=("adapters", 0))
     assert "target 'q_prj' matches no linear layer; did you mean 'q_proj'?" in told
 
 

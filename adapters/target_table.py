@@ -1,0 +1,71 @@
+"""What the targets of a stack come to on a base: which entry means how many modules, and what is trained there."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .contract import Context
+from .isolation import answerable
+from .specs import Named
+from .structure import Layers, modules
+
+__all__ = ["Target", "target_table"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of the targets of one adapter; or all that it changes, where it has no such setting."""
+
+    adapter: str  # name of the instance
+    entry: str
+    kinds: Mapping[str, int]  # last part of the path of a module -> how many of those
+    parameters: int | None  # that are trained there; None where only weights could tell
+
+    @property
+    def modules(self) -> int:
+        """How many modules there are in all."""
+        return sum(self.kinds.values())
+
+
+def target_table(skeleton: PreTrainedModel, stack: Sequence[Named]) -> list[Target]:
+    """The table, from a model without weights; each adapter is attached to it, and taken out again.
+
+    Raises:
+        TargetError, StackError, PluginError: an adapter cannot work on this base.
+    """
+    layers = Layers.of(skeleton)
+    return [row for named in stack if named.adapter.capabilities.trains for row in _rows(skeleton, named, layers)]
+
+
+def _rows(skeleton: PreTrainedModel, named: Named, layers: Layers) -> list[Target]:
+    with answerable(named.name, named.entry, "aims"):
+        aims = named.adapter.aims(skeleton)
+    trained = _trained(skeleton, named, layers)
+    if not aims:
+        return [_row(named, "(all it changes)", list(trained or ()), trained)] if trained is None or trained else []
+    return [_row(named, entry, paths, trained) for entry, paths in aims.items()]
+
+
+def _trained(skeleton: PreTrainedModel, named: Named, layers: Layers) -> Counter[str] | None:
+    """Modules of the base that an adapter trains something at -> how many parameters; None where weights decide."""
+    if not named.adapter.capabilities.planned:
+        return None
+    paths = {path for path, _ in modules(skeleton)}
+    found = Counter[str]()
+    with answerable(named.name, named.entry, "attach"):
+        attachment = named.adapter.attach(skeleton, Context(name=named.name, layers=layers, fresh=False))
+    if attachment is None:
+        return found
+    for name, parameter in attachment.trainable().items():
+        ends = (name[:end] for end in range(len(name), 0, -1) if end == len(name) or name[end] == ".")
+        found[next((path for path in ends if path in paths), name)] += parameter.numel()
+    attachment.detach()
+    return found
+
+
+def _row(named: Named, entry: str, paths: Sequence[str], trained: Mapping[str, int] | None) -> Target:
+    kinds = Counter(path.rpartition(".")[2] for path in paths)
+    parameters = None if trained is None else sum(trained.get(path, 0) for path in paths)
+    return Target(named.name, entry, dict(kinds.most_common()), parameters)
