@@ -70,6 +70,9 @@ def report_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report as (label, text) for people."""
     lines = [("data", report["data"]), ("rows", rows_line(report))]
     lines.append(("lengths", lengths_line(report)))
+    if report["supervised_max"] > 1:
+        counted = (f"{tokens}: {count:,}" for tokens, count in report["supervised_histogram"].items())
+        lines.append(("supervised", f"tokens: examples - {', '.join(counted)}"))
     if "labels" in report:
         lines.append(("classes", ", ".join(f"{name} {count:,}" for name, count in report["labels"].items())))
     lines += [("duplicates", f"{what}: {count:,}") for what, count in report["duplicates"].items() if count]
@@ -90,7 +93,11 @@ def lengths_line(report: dict[str, Any]) -> str:
     middle, most, longest = (report[f"length_{name}"] for name in ("p50", "p95", "max"))
     text = f"{middle:,} tokens in the middle, 95 % up to {most:,}, longest {longest:,}"
     count = round(report["cut_share"] * report["train_examples"])
-    return text + (f"; {count:,} of {report['train_examples']:,} are cut to {report['limit']:,}" if count else "")
+    text += f"; {count:,} of {report['train_examples']:,} are cut to {report['limit']:,}" if count else ""
+    if report["supervised_max"] > 1:  # of a class, one label is
+        middle, most, longest = (report[f"supervised_{name}"] for name in ("p50", "p95", "max"))
+        text += f"; supervised {middle:,} in the middle, 95 % up to {most:,}, most {longest:,}"
+    return text
 
 
 def targets_of(loaded: Loaded) -> list[str]:

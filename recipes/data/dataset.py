@@ -12,8 +12,9 @@ from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import entry_of
 
 from ..loading import Loaded
+from ..tasks.beginnings import begin_token, refuse_second_beginning
 from ..tasks.contract import Example, Labels, Reader, RowProblem, Task
-from .examples import Examples, Unusable, key_parts, store_examples
+from .examples import SUPERVISED, Examples, Unusable, key_parts, store_examples
 from .rows import Rows, describe, read_rows
 from .splits import Split, split
 
@@ -69,20 +70,32 @@ class Dataset:
     def report(self) -> dict[str, Any]:
         """For the manifest. Lengths are those of the training rows before any was cut."""
         cut = self.train.column("cut")
-        lengths = np.sort(self.train.lengths + cut)
+        lengths, supervised = np.sort(self.train.lengths + cut), np.sort(self.train.column(SUPERVISED))
         return {
             **{f"{name}_examples": len(examples) for name, examples in self.sides.items()},
             **{f"{name}_rows": len(set(examples.column("row").tolist())) for name, examples in self.sides.items()},
             "tokens": self.train.tokens,
             "supervised": self.train.supervised,
-            "length_p50": int(lengths[len(lengths) // 2]),
-            "length_p95": int(lengths[int(len(lengths) * 0.95)]),
-            "length_max": int(lengths[-1]),
+            **{f"length_{name}": int(lengths[at]) for name, at in _quantiles(len(lengths)).items()},
+            **{f"supervised_{name}": int(supervised[at]) for name, at in _quantiles(len(lengths)).items()},
+            "supervised_histogram": _histogram(supervised),
             "limit": self.limit,
             "cut_share": float((cut > 0).mean()),
             "dropped": self.dropped,
             "duplicates": self.duplicates,
         }
+
+
+def _quantiles(count: int) -> dict[str, int]:
+    """Where the middle, the 95th percentile and the largest of so many sorted values are."""
+    return {"p50": count // 2, "p95": int(count * 0.95), "max": -1}
+
+
+def _histogram(counts: np.ndarray) -> dict[str, int]:  # (examples,) int64, none below 1
+    """How many examples have 1, 2-3, 4-7, ... supervised tokens."""
+    powers = np.floor(np.log2(np.maximum(counts, 1))).astype(int)
+    names = {p: f"{2**p}-{2 ** (p + 1) - 1}" if p else "1" for p in range(powers.max() + 1)}
+    return {name: int((powers == p).sum()) for p, name in names.items() if (powers == p).any()}
 
 
 def gather(loaded: Loaded, trained: Trained | None = None) -> Gathered:
@@ -196,12 +209,15 @@ def _encoded_side(loaded: Loaded, gathered: Gathered, reader: Reader, name: str)
 
 
 def _made(loaded: Loaded, rows: Rows, numbers: Sequence[int], reader: Reader) -> Iterator[Example | Unusable]:
-    task = loaded.task
+    task, begin = loaded.task, begin_token(reader.tokenizer)
     entry = entry_of(TASKS, type(task))
     for number in numbers:
         try:
             with answerable("task", entry, f"encode ({rows.place(number)})", passing=RowProblem):
-                yield from task.encode(number, rows[number], reader)
+                made = task.encode(number, rows[number], reader)
+            for example in made if begin is not None else ():
+                refuse_second_beginning(example.sequences, begin, reader.tokenizer)
+            yield from made
         except RowProblem as problem:
             yield Unusable(number, str(problem))
         except DataError as error:

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from ..tasks.contract import Example
 from .kept import Facts, Kept, keep
 
-__all__ = ["Examples", "Unusable", "key_parts", "store_examples"]
+__all__ = ["SUPERVISED", "Examples", "Unusable", "key_parts", "store_examples"]
 
-KEEPING = 1  # raise it when the same key is to give another file
-SIZE = "size"  # a column beside the fields: what `Example.size` says
+KEEPING = 2  # raise it when the same key is to give another file
+SIZE, SUPERVISED = "size", "supervised"  # columns beside the fields: what an example says of itself
 
 Kind = TypeVar("Kind", bound=Example)
 
@@ -81,7 +81,7 @@ class Examples(Sequence[Kind], Generic[Kind]):
         return map(self._built, self._kept)
 
     def _built(self, fields: dict[str, Any]) -> Kind:
-        del fields[SIZE]
+        del fields[SIZE], fields[SUPERVISED]
         return self.kind(**fields)
 
 
@@ -152,7 +152,8 @@ def store_examples(
 def _schema(example_class: type[Example]) -> pa.Schema:
     hints = get_type_hints(example_class)
     fields = [field.name for field in dataclasses.fields(example_class)]
-    types = {name: _arrow(hints[name], f"{example_class.__name__}.{name}") for name in fields} | {SIZE: pa.int64()}
+    types = {name: _arrow(hints[name], f"{example_class.__name__}.{name}") for name in fields}
+    types |= {SIZE: pa.int64(), SUPERVISED: pa.int64()}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
@@ -180,7 +181,8 @@ class _Making:
                 continue
             self.tokens += one.size
             self.supervised += one.supervised
-            yield {field.name: getattr(one, field.name) for field in dataclasses.fields(one)} | {SIZE: one.size}
+            counted = {SIZE: one.size, SUPERVISED: one.supervised}
+            yield {field.name: getattr(one, field.name) for field in dataclasses.fields(one)} | counted
 
     def facts(self) -> Facts:
         return {"tokens": self.tokens, "supervised": self.supervised, "dropped": self.dropped}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from onegpu.adapters import DataError, RecipeError
+from onegpu.adapters import DataError
 
 from .answering import generate_texts
 from .causal import CausalTask, answerable_examples, pieces
@@ -29,6 +29,7 @@ from .conversations import (
     Span,
     assistant_spans,
     assistant_turns,
+    check_says_all,
     check_template,
     read_conversation,
     render,
@@ -55,8 +56,7 @@ class Chat(CausalTask):
 
     def check(self, reader: Reader) -> None:
         """Conversations are rendered by the chat template of the base."""
-        if reader.tokenizer.chat_template is None:
-            raise RecipeError("the base has no chat template, so conversations cannot be rendered for it")
+        check_says_all(reader.tokenizer)
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         talk = read_conversation(row)

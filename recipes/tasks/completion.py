@@ -17,7 +17,7 @@ from torch import nn
 from .answering import generate_texts
 from .causal import CausalTask, answerable_examples, pieces
 from .contract import IGNORED, Example, Reader, Row, TooLong
-from .conversations import Conversation, assistant_spans
+from .conversations import Conversation, assistant_spans, check_says_all
 from .texts import around, end_of, read_text, token_ids
 
 __all__ = ["Completion"]
@@ -36,6 +36,11 @@ class Completion(CausalTask):
 
     too_long: Literal["error", "drop", "cut-left", "cut-right"] = "error"
     """What to do above `max_length`; `cut-left` cuts the prompt first, `cut-right` the end of the completion."""
+
+    def check(self, reader: Reader) -> None:
+        """With `chat`, prompts are rendered by the chat template of the base."""
+        if self.chat:
+            check_says_all(reader.tokenizer)
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         said = read_text(row, "completion")

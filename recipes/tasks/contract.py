@@ -74,6 +74,11 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
     @property
+    def sequences(self) -> Sequence[Sequence[int]]:
+        """What the model reads, each by itself."""
+        return (self.ids,)
+
+    @property
     def size(self) -> int:
         """Tokens that pass through the model."""
         return len(self.ids)

@@ -16,6 +16,7 @@ __all__ = [
     "Span",
     "assistant_spans",
     "assistant_turns",
+    "check_says_all",
     "check_template",
     "common_length",
     "read_conversation",
@@ -136,6 +137,26 @@ def render(
     return ids
 
 
+def check_says_all(tokenizer: Any) -> None:
+    """Check that a chat template writes what either side says.
+
+    Raises:
+        RecipeError: there is none, or it leaves the question out, or the answer.
+    """
+    if tokenizer.chat_template is None:
+        raise RecipeError("the base has no chat template, so conversations cannot be rendered for it")
+
+    def rendered(asked: str, said: str) -> list[int]:
+        return render(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": said}])
+
+    try:
+        for whose, other in (("user", rendered("b", "a")), ("assistant", rendered("a", "b"))):
+            if rendered("a", "a") == other:
+                raise RecipeError(f"the chat template of the base leaves out what the {whose} says")
+    except (RowProblem, DataError):
+        return  # what a template refuses is told of the row that it refuses
+
+
 def check_template(tokenizer: Any, talk: Conversation) -> None:
     """Check that the template writes what the conversation has of tools.
 
@@ -185,6 +206,8 @@ def assistant_spans(reader: Reader, talk: Conversation, ids: Sequence[int], *, l
         place = f"turn {turn}"
         before = talk.ids(tokenizer, turn, prompt=True)
         after = talk.ids(tokenizer, turn + 1)
+        if not before:
+            raise DataError(f"{place}: the chat template writes nothing before the answer, so all would be supervised")
         _check_prefix(before, after, tokenizer, place)
         _check_prefix(after, ids, tokenizer, place)
         ends = [i for i in range(len(before), len(after)) if ids[i] in reader.stops]

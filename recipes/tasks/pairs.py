@@ -52,6 +52,11 @@ class PairExample(Example):
         return sum(label != IGNORED for label in (*self.labels, *self.other_labels))
 
     @property
+    def sequences(self) -> Sequence[Sequence[int]]:
+        """The chosen one and the rejected one."""
+        return (self.ids, self.other_ids)
+
+    @property
     def size(self) -> int:
         """Tokens of both."""
         return len(self.ids) + len(self.other_ids)

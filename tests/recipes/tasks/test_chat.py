@@ -177,7 +177,7 @@ def test_the_first_token_is_never_a_label(messages: Messages, reader_of: MakeRea
     bare = reader_of(
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
     )
-    example = _encode(messages(("Hi", "abc")), bare)
+    example = _encode(messages(("Hi", "abc")), bare, supervise="all")
     assert example.labels == [IGNORED, *example.ids[1:]]
     assert example.supervised == 3
 

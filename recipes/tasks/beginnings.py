@@ -1,0 +1,51 @@
+"""The token that a text begins with: once, and at the beginning only, where the tokenizer begins texts with one."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .contract import RowProblem
+from .conversations import render
+from .texts import around
+
+__all__ = ["begin_token", "refuse_second_beginning"]
+
+SAMPLE = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """The token that every sequence may have once, at position 0.
+
+    None where the tokenizer begins no text with it, or the chat template itself begins each turn with it (Llama 2).
+    """
+    before, _ = around(tokenizer)
+    begin = tokenizer.bos_token_id
+    if begin is None or before != [begin] or _repeats(tokenizer, begin):
+        return None
+    return int(begin)
+
+
+def _repeats(tokenizer: Any, begin: int) -> bool:
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        return render(tokenizer, SAMPLE).count(begin) > 1
+    except RowProblem:  # a template that refuses the sample is judged by the rows
+        return False
+
+
+def refuse_second_beginning(sequences: Iterable[Sequence[int]], begin: int, tokenizer: Any) -> None:
+    """Refuse a row in which a text begins again, as when it holds the token as text.
+
+    Raises:
+        RowProblem: with the position of the token that should not be there.
+    """
+    for ids in sequences:
+        if begin in ids[1:]:
+            at = list(ids).index(begin, 1)
+            token = tokenizer.convert_ids_to_tokens(begin)
+            raise RowProblem(f"the token {token!r}, with which a text begins, stands inside it (at token {at})")
