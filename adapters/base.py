@@ -149,7 +149,7 @@ def settled(
     dtype: torch.dtype,
     hardware: Hardware,
     checkpointing: bool = False,
-    at: Callable[[int], AbstractContextManager[None]] = nullcontext,
+    at: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
 ) -> LoadOptions:
     """The loading options after every adapter of the stack had its say and was found to work on this base.
 

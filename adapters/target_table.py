@@ -1,12 +1,15 @@
 """What the targets of a stack come to on a base: which entry means how many modules, and what is trained there."""
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from .contract import Context
+from .errors import OnegpuError
 from .isolation import answerable
 from .specs import Named
 from .structure import Layers, modules
@@ -29,39 +32,42 @@ class Target:
         return sum(self.kinds.values())
 
 
-def target_table(skeleton: PreTrainedModel, stack: Sequence[Named]) -> list[Target]:
-    """The table, from a model without weights; each adapter is attached to it, and taken out again.
+def target_table(skeleton: PreTrainedModel, stack: Sequence[Named], tokenizer: Any = None) -> list[Target]:
+    """The table, from a model without weights; each adapter is attached to a copy of it.
 
     Raises:
-        TargetError, StackError, PluginError: an adapter cannot work on this base.
+        TargetError, PluginError: a target of an adapter means nothing on this base.
     """
-    layers = Layers.of(skeleton)
-    return [row for named in stack if named.adapter.capabilities.trains for row in _rows(skeleton, named, layers)]
+    trainers = [named for named in stack if named.adapter.capabilities.trains]
+    return [row for named in trainers for row in _rows(skeleton, named, tokenizer)]
 
 
-def _rows(skeleton: PreTrainedModel, named: Named, layers: Layers) -> list[Target]:
+def _rows(skeleton: PreTrainedModel, named: Named, tokenizer: Any) -> list[Target]:
     with answerable(named.name, named.entry, "aims"):
         aims = named.adapter.aims(skeleton)
-    trained = _trained(skeleton, named, layers)
+    try:
+        trained = _trained(copy.deepcopy(skeleton), named, tokenizer)
+    except OnegpuError:
+        trained = None  # it was found to fit by its own `check`; what it says now is for who attaches it to weights
     if not aims:
         return [_row(named, "(all it changes)", list(trained or ()), trained)] if trained is None or trained else []
     return [_row(named, entry, paths, trained) for entry, paths in aims.items()]
 
 
-def _trained(skeleton: PreTrainedModel, named: Named, layers: Layers) -> Counter[str] | None:
+def _trained(skeleton: PreTrainedModel, named: Named, tokenizer: Any) -> Counter[str] | None:
     """Modules of the base that an adapter trains something at -> how many parameters; None where weights decide."""
     if not named.adapter.capabilities.planned:
         return None
     paths = {path for path, _ in modules(skeleton)}
+    context = Context(name=named.name, layers=Layers.of(skeleton), tokenizer=tokenizer, fresh=False)
     found = Counter[str]()
     with answerable(named.name, named.entry, "attach"):
-        attachment = named.adapter.attach(skeleton, Context(name=named.name, layers=layers, fresh=False))
+        attachment = named.adapter.attach(skeleton, context)
     if attachment is None:
         return found
     for name, parameter in attachment.trainable().items():
         ends = (name[:end] for end in range(len(name), 0, -1) if end == len(name) or name[end] == ".")
         found[next((path for path in ends if path in paths), name)] += parameter.numel()
-    attachment.detach()
     return found
 
 

@@ -141,7 +141,9 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     if teacher is not None:
         with loaded.place("task", loaded.task_name, "max_length"):
             teacher.refuse_longer(min(dataset.longest, reader.limit))
-    options, targets = fit
+    options, skeleton = fit
+    with loaded.place("adapters"):
+        targets = target_table(skeleton, loaded.stack, reader.tokenizer)
     return Job(loaded, source, place, hardware, options, targets, gathered, reader, dataset, teacher)
 
 
@@ -164,8 +166,11 @@ def target_rows(loaded: Loaded) -> list[Target]:
         source = locate(loaded.recipe.base, revision=loaded.recipe.revision, beside=loaded.folder)
         if not source.ready:
             raise Unavailable("the base is converted when it is used first, which has not been yet")
-        skeleton = skeleton_of(source.materialise(), loaded.task.model_kind(), source.revision)
-    return target_table(skeleton, loaded.stack)
+        place = source.materialise()
+        skeleton = skeleton_of(place, loaded.task.model_kind(), source.revision)
+        tokenizer = _tokenizer(place, loaded)
+    with loaded.place("adapters"):
+        return target_table(skeleton, loaded.stack, tokenizer)
 
 
 def _source(loaded: Loaded, found: list[OnegpuError]) -> Source | None:
@@ -196,9 +201,9 @@ def _check_settings(loaded: Loaded, found: list[OnegpuError]) -> None:
 
 def _fit(
     loaded: Loaded, place: str, revision: str | None, hardware: Hardware, found: list[OnegpuError]
-) -> tuple[LoadOptions, list[Target]] | None:
-    """What the stack makes of the base, with the table of its targets; None where something was found to be wrong."""
-    settings, kind, skeleton, fit = loaded.recipe.train, loaded.task.model_kind(), None, None
+) -> tuple[LoadOptions, PreTrainedModel] | None:
+    """What the stack makes of the base, and the base without weights; None where something was found to be wrong."""
+    settings, kind, skeleton = loaded.recipe.train, loaded.task.model_kind(), None
     dtype = torch.float32
     with noted(found), loaded.place("train", "precision"):
         dtype = compute_dtype(settings.precision, hardware)
@@ -219,9 +224,8 @@ def _fit(
             checkpointing=checkpointing,
             at=lambda index: loaded.place("adapters", index),
         )
-        with loaded.place("adapters"):
-            fit = options, target_table(usable, loaded.stack)
-    return fit
+        return options, usable
+    return None
 
 
 def _refuse_encoder(loaded: Loaded, skeleton: PreTrainedModel) -> None:

@@ -297,7 +297,7 @@ def _class_of(peft_type: PeftType) -> type[Adapter]:
         __doc__=row.summary,
         **{name: definition for name, definition in settings.items() if name not in own},
     )
-    usual = {"peft_readable": True, "mergeable": issubclass(row.kind, Injected)}
+    usual: dict[str, Any] = {"peft_readable": True, "mergeable": issubclass(row.kind, Injected)}
     made.method, made.api = method, 1
     made.capabilities = Capabilities(**(usual | dict(row.declares)), reasons=row.reasons)
     return made

@@ -215,7 +215,7 @@ def _made(loaded: Loaded, rows: Rows, numbers: Sequence[int], reader: Reader) ->
         try:
             with answerable("task", entry, f"encode ({rows.place(number)})", passing=RowProblem):
                 made = task.encode(number, rows[number], reader)
-            for example in made if begin is not None else ():
+            for example in made:
                 refuse_second_beginning(example.sequences, begin, reader.tokenizer)
             yield from made
         except RowProblem as problem:

@@ -38,14 +38,14 @@ def _repeats(tokenizer: Any, begin: int) -> bool:
         return False
 
 
-def refuse_second_beginning(sequences: Iterable[Sequence[int]], begin: int, tokenizer: Any) -> None:
-    """Refuse a row in which a text begins again, as when it holds the token as text.
+def refuse_second_beginning(sequences: Iterable[Sequence[int]], begin: int | None, tokenizer: Any) -> None:
+    """Refuse a row in which a text begins again, as when it holds the token as text; see `begin_token`.
 
     Raises:
         RowProblem: with the position of the token that should not be there.
     """
     for ids in sequences:
-        if begin in ids[1:]:
+        if begin is not None and begin in ids[1:]:
             at = list(ids).index(begin, 1)
             token = tokenizer.convert_ids_to_tokens(begin)
             raise RowProblem(f"the token {token!r}, with which a text begins, stands inside it (at token {at})")

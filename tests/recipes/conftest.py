@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -337,3 +340,25 @@ def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
 
     monkeypatch.setattr(metadata, "entry_points", found)
     return add
+
+
+@pytest.fixture
+def reading() -> Callable[..., AbstractContextManager[Mapping[type[BaseModel], set[str]]]]:
+    """`with reading(Train) as found`: which settings are read inside; writing all of them out does not count."""
+
+    @contextmanager
+    def look_at(*models: type[BaseModel]) -> Iterator[Mapping[type[BaseModel], set[str]]]:
+        found: dict[type[BaseModel], set[str]] = defaultdict(set)
+        with pytest.MonkeyPatch.context() as patch:
+            for model in models:
+                real = model.__getattribute__
+
+                def look(self: Any, name: str, real: Any = real, fields: Any = frozenset(model.model_fields)) -> Any:
+                    if name in fields:
+                        found[type(self)].add(name)
+                    return real(self, name)
+
+                patch.setattr(model, "__getattribute__", look)
+            yield found
+
+    return look_at

@@ -216,3 +216,31 @@ def test_scores_do_not_depend_on_the_batch_size(recipe: Callable[..., Loaded]) -
     for size in (2, 7):
         again = replace(evaluator, micro_batch=size)(stack.model, examples, details=True)
         assert again.scores == pytest.approx(first.scores, rel=1e-5, abs=1e-6)
+
+
+# Settings that matter only where others are given: name of a case -> more of its settings.
+MORE: dict[str, Row] = {
+    "chat": {"metrics": ["bleu"], "bleu_tokeniser": "char"},
+    "completion": {"metrics": ["bleu"], "bleu_tokeniser": "char"},
+    "sequence-to-sequence": {"metrics": ["bleu"], "bleu_tokeniser": "char"},
+}
+
+
+def test_a_run_reads_every_setting_of_every_task(
+    bases: dict[str, Path], jsonl: Jsonl, run: Run, tmp_path: Path, reading: Any
+) -> None:
+    found: dict[type, set[str]] = {}
+    for name, (base, task, settings, rows) in CASES.items():
+        content = {
+            "base": str(bases[base]),
+            "adapters": [{"lora": {"rank": 2}}],
+            "task": {task: {"data": str(jsonl(rows)), "evaluation": 0.3, **settings, **MORE.get(name, {})}},
+            "train": {"steps": 1, "effective_batch": 4, "precision": "fp32"},
+        }
+        loaded = parse_recipe(yaml.safe_dump(content), name="recipe.yaml", folder=tmp_path)
+        kind = type(loaded.task)
+        with reading(kind) as read:
+            run(loaded, name.replace(" ", "-"))
+        found[kind] = found.get(kind, set()) | read[kind]
+    unread = {kind.__name__: sorted(set(kind.model_fields) - read) for kind, read in found.items()}
+    assert {name: fields for name, fields in unread.items() if fields} == {}

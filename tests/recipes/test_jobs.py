@@ -136,7 +136,7 @@ def test_what_an_adapter_declares_is_held_against_the_run_before_weights(
 ) -> None:
     monkeypatch.setitem(sys.modules, "picky_package", sys.modules[__name__])
     declare("onegpu.adapters", "picky", "picky_package:Picky")
-    train = {"gradient_checkpointing": True} if "checkpointing" in declared else {}
+    train: dict[str, Any] = {"gradient_checkpointing": True} if "checkpointing" in declared else {}
     train |= {"precision": "bf16"} if "half_bases" in declared else {}
     loaded = chat_recipe(["picky", {"lora": {"rank": 2}}], base=without_weights, train=train)
     monkeypatch.setattr(Picky, "capabilities", Capabilities(trains=False))

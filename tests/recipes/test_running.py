@@ -88,7 +88,7 @@ def test_the_scores_before_are_those_of_the_base_alone(chat_recipe: Recipe, run:
 # --- preflight --------------------------------------------------------------------------------------------------------
 
 
-def _refusal(loaded: Loaded, run: Run, tmp_path: Path, *, key: tuple[str, ...]) -> str:
+def _refusal(loaded: Loaded, run: Run, tmp_path: Path, *, key: tuple[str | int, ...]) -> str:
     """The message of a run that is refused before it wrote anything, with the line of the key at fault in front."""
     with pytest.raises(OnegpuError) as caught:
         run(loaded)

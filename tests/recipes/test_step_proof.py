@@ -61,7 +61,7 @@ def _during_steps(monkeypatch: pytest.MonkeyPatch, do: Do) -> None:
 
 def _at_start(monkeypatch: pytest.MonkeyPatch, do: Callable[[Stack], None]) -> None:
     """Do something to a stack that was just attached."""
-    real = running.attach
+    real = vars(running)["attach"]
 
     def attached(*given: Any, **named: Any) -> Stack:
         stack = real(*given, **named)

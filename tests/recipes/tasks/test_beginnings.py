@@ -131,7 +131,8 @@ def test_a_template_that_leaves_something_out_is_refused(template: str, told: st
 
 def test_a_template_under_which_everything_would_be_supervised_is_refused(reader: Reader) -> None:
     tokenizer = copy.deepcopy(reader.tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    answers = "{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + answers + "{% endfor %}"
     with pytest.raises(DataError, match="writes nothing before the answer, so all would be supervised"):
         Chat(data="d").encode(0, _talk("Hi", "Hello."), replace(reader, tokenizer=tokenizer))
 
