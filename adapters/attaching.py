@@ -1,5 +1,6 @@
 """Attaches a stack to a model: the base frozen, its heads freed, each adapter in order; all of it or nothing."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -75,6 +76,11 @@ def attach(
 
 def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
     others = present(model)
+    if not others and (place := _foreign(model)) is not None:
+        raise StackError(
+            f"this model has an adapter of PEFT's own ({place}), which would be frozen and never saved: merge or "
+            "unload it first, or load its folder with `load`"
+        )
     names = frozenset[str]().union(*(p.names for p in others))
     refuse_several(named, [kind for p in others for kind in p.kinds])
     for n in named:
@@ -89,6 +95,17 @@ def _check_model(model: nn.Module, named: Sequence[Named]) -> None:
             raise StackError(
                 f"{n.name} packs weights while they are read; load the model with load_base(..., [{n.name!r}])"
             )
+
+
+def _foreign(model: nn.Module) -> str | None:
+    """Where PEFT itself has put something, on a model that no stack of ours is attached to."""
+    if "peft" not in sys.modules:
+        return None
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = (path or "all of it" for path, m in model.named_modules() if isinstance(m, (PeftModel, BaseTunerLayer)))
+    return next(found, None)
 
 
 def _free_heads_only(stack: Stack) -> None:

@@ -37,7 +37,6 @@ __all__ = [
     "ProofFailed",
     "Interrupted",
     "brief",
-    "gathered",
     "noted",
     "nearest",
     "printable",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -159,6 +160,15 @@ def test_the_same_name_twice_on_one_model_is_refused_until_it_is_detached(llama:
         attach(llama, ["lora"])
     stack.detach()
     assert attach(llama, ["lora"]).trainable()
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["what PEFT returns", "the model inside"])
+def test_a_model_that_peft_has_wrapped_is_refused_until_it_is_unloaded(llama: PreTrainedModel, wrapped: bool) -> None:
+    peft = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(StackError, match="this model has an adapter of PEFT's own"):
+        attach(peft if wrapped else llama, ["lora"])
+    assert all(p.requires_grad == ("lora_" in name) for name, p in llama.named_parameters())
+    attach(peft.unload(), ["lora"])
 
 
 def test_names_stay_taken_though_nobody_kept_their_stacks(llama: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
 """A setting that nobody reads must not exist: each is read in a run that uses it, and changes what the run does."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,9 @@ def test_the_tables_hold_every_setting() -> None:
 
 
 @pytest.fixture
-def observed(chat_recipe: Make, run: Run, tmp_path: Path, saved_tensors: Any) -> Callable[..., dict[str, Any]]:
+def observed(
+    chat_recipe: Make, run: Run, tmp_path: Path, saved_tensors: Any
+) -> Iterator[Callable[..., dict[str, Any]]]:
     """`observed(seed=1)`: what a run with these settings of `train:` did, and what its manifest says."""
     counted: dict[str, Any] = {}
 

@@ -17,6 +17,7 @@ from onegpu.adapters.registry import TASKS, entries
 from onegpu.recipes import Loaded, Outcome, parse_recipe, preflight, training
 from onegpu.recipes.data.batches import resolve_micro_batch
 from onegpu.recipes.evaluation import Evaluator, reference
+from onegpu.recipes.tasks import Task
 
 Row = dict[str, Any]
 Jsonl = Callable[..., Path]
@@ -229,7 +230,7 @@ MORE: dict[str, Row] = {
 def test_a_run_reads_every_setting_of_every_task(
     bases: dict[str, Path], jsonl: Jsonl, run: Run, tmp_path: Path, reading: Any
 ) -> None:
-    found: dict[type, set[str]] = {}
+    found: dict[type[Task], set[str]] = {}
     for name, (base, task, settings, rows) in CASES.items():
         content = {
             "base": str(bases[base]),
@@ -243,4 +244,5 @@ def test_a_run_reads_every_setting_of_every_task(
             run(loaded, name.replace(" ", "-"))
         found[kind] = found.get(kind, set()) | read[kind]
     unread = {kind.__name__: sorted(set(kind.model_fields) - read) for kind, read in found.items()}
-    assert {name: fields for name, fields in unread.items() if fields} == {}
+    # The task inside a distillation was made of its setting when the recipe was read.
+    assert {name: fields for name, fields in unread.items() if fields} == {"Distillation": ["task"]}

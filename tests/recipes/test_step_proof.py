@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
-from onegpu.adapters import Adapter, Attachment, Context, ProofFailed, Stack, attach, load_base
+from onegpu.adapters import Adapter, Attachment, Context, Entry, ProofFailed, Stack, attach, load_base
 from onegpu.adapters.conformance.case import Loop, case_of
 from onegpu.adapters.conformance.table import PROOFS, Proof
 from onegpu.adapters.conformance.tiny_models import losses
@@ -64,7 +64,7 @@ def _at_start(monkeypatch: pytest.MonkeyPatch, do: Callable[[Stack], None]) -> N
     real = vars(running)["attach"]
 
     def attached(*given: Any, **named: Any) -> Stack:
-        stack = real(*given, **named)
+        stack: Stack = real(*given, **named)
         do(stack)
         return stack
 
@@ -343,10 +343,15 @@ def test_nothing_to_train_is_refused(stack: Stack, monkeypatch: pytest.MonkeyPat
         StepProof(stack, optimizer)
 
 
-ADAPTERS_OF_OURS = [entry.name for entry in entries(ADAPTERS) if entry.distribution == "onegpu"]
+ADAPTERS_OF_OURS = [entry for entry in entries(ADAPTERS) if entry.distribution == "onegpu"]
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS_OF_OURS if name not in UNATTACHABLE])
+def _case(entry: Entry) -> Any:
+    slow = [pytest.mark.slow] if entry.value.startswith("onegpu.adapters.bridge") else []
+    return pytest.param(entry.name, marks=slow, id=entry.name)
+
+
+@pytest.mark.parametrize("name", [_case(entry) for entry in ADAPTERS_OF_OURS if entry.name not in UNATTACHABLE])
 def test_every_adapter_is_proved_to_train_what_it_declares(name: str) -> None:
     proof_of = PROOFS.get(name, Proof())
     case = case_of(name, proof_of.config, proof_of.beside)

@@ -56,9 +56,12 @@ def test_training_and_every_way_to_generate_use_the_same_tokens_and_one_beginnin
     task: Any, row: Row, beginning: Reader, chat_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
-    monkeypatch.setattr(
-        answering, "_generate", lambda model, prompts, *_: [asked.append(list(p)) or [] for p in prompts]
-    )
+
+    def generate(model: Any, prompts: list[list[int]], *others: Any) -> list[list[int]]:
+        asked.extend(list(prompt) for prompt in prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(answering, "_generate", generate)
     model = AutoModelForCausalLM.from_pretrained(chat_base)
     (example,) = task.encode(0, row, beginning)
     task.answer(model, [example], beginning)
