@@ -4,8 +4,9 @@ PEFT's tuner puts its layers around the base's modules in place, so the model is
 compose with it. A layer of PEFT's always sits directly on the base's module; our own wrappers go around it.
 """
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..contract import Adapter, Attachment, Context
-from ..errors import StackError
+from ..errors import StackError, TargetError, nearest
 from ..frozen_linear import FrozenLinear
 from ..structure import Layers, head_modules, unwrap, without_wrappers
 from ..targets import ALL_LINEAR, Kind, as_list, resolve, resolve_kind, shortest_names
@@ -96,11 +97,26 @@ class Injected(Bridged):
         attachment.detach()
 
     def chosen(self, model: nn.Module, entry: str | None = None) -> dict[str, nn.Module]:
-        """The modules it changes, by logical path; or those of one entry."""
+        """The modules it changes, by logical path; or those of one entry.
+
+        Raises:
+            TargetError: an entry of `targets`, or a key of a setting by pattern, matches none.
+        """
         wanted = self.targets if entry is None else entry
-        if self.method.on == "linears":
-            return resolve(model, wanted)
-        return resolve_kind(model, wanted, self.method.on)
+        linears = self.method.on == "linears"
+        found = resolve(model, wanted) if linears else resolve_kind(model, wanted, self.method.on)
+        if entry is None:
+            self._refuse_idle_patterns(found)
+        return found
+
+    def _refuse_idle_patterns(self, paths: Collection[str]) -> None:
+        """PEFT passes over a key of `rank_pattern` and its kin that matches no module, and says nothing."""
+        by_part = self.method.peft_type == PeftType.OSF  # there a key matches any part of a path
+        for setting, value in self.values().items():
+            for key in value if setting.endswith("_pattern") and isinstance(value, dict) else ():
+                if not any(key in path if by_part else _ends_with(path, key) for path in paths):
+                    names = {path.rpartition(".")[2] for path in paths}
+                    raise TargetError(f"{setting}: {key!r} matches none of the targets{nearest(key, names)}")
 
     def attach(self, model: nn.Module, context: Context) -> "InjectedAttachment":
         chosen = self.chosen(model)
@@ -132,6 +148,14 @@ class Injected(Bridged):
     def attached(self, context: Context, model: nn.Module, **parts: Any) -> "InjectedAttachment":
         """The attachment; a method with more to it has its own."""
         return InjectedAttachment(context.name, self, model, **parts)
+
+
+def _ends_with(path: str, pattern: str) -> bool:
+    """As PEFT's get_pattern_key: the pattern is a regular expression over the end of a path, from a dot on."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+    except re.error:
+        return False
 
 
 class InjectedAttachment(Attachment):
