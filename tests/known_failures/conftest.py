@@ -265,9 +265,7 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def onegpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def onegpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`onegpu("run", "recipe.yaml")`: the command line in this process; returns exit code, output and errors."""
     from onegpu.recipes import cli
 

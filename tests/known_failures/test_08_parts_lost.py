@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,6 +68,8 @@ def test_what_somebody_else_unfroze_is_not_lost_in_silence(fresh: Fresh, tmp_pat
     model = fresh()
     stack = attach(model, ["lora"])
     model.get_submodule("model.layers.0.input_layernorm").requires_grad_(True)
-    with pytest.raises(ArtefactError, match=r"model\.layers\.0\.input_layernorm\.weight is trainable but belongs to no"):
+    with pytest.raises(
+        ArtefactError, match=r"model\.layers\.0\.input_layernorm\.weight is trainable but belongs to no"
+    ):
         save(stack, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -34,7 +34,9 @@ def _shared(model: PreTrainedModel) -> bool:
 
 
 def test_a_target_that_shares_its_weight_is_refused_with_both_ways_out(fresh: Fresh) -> None:
-    with pytest.raises(TargetError, match="shares its weight with the input embeddings.* Untie them .*, or leave it out"):
+    with pytest.raises(
+        TargetError, match="shares its weight with the input embeddings.* Untie them .*, or leave it out"
+    ):
         attach(fresh("tied"), [{"lora": {"targets": ["q_proj", "lm_head"]}}])
     untied = attach(fresh("plain"), [{"lora": {"targets": ["q_proj", "lm_head"]}}])
     assert any("lm_head" in name for name in untied.trainable())

@@ -76,7 +76,11 @@ def test_all_linear_leaves_out_the_head_and_is_written_down(variant: str, fresh:
 
 
 def test_a_pattern_that_matches_has_an_effect(fresh: Fresh) -> None:
-    settings = {"targets": ["q_proj", "k_proj"], "r": 4, "rank_pattern": {"k_proj": 2, r"layers\.1\.self_attn\.q_proj": 3}}
+    settings = {
+        "targets": ["q_proj", "k_proj"],
+        "r": 4,
+        "rank_pattern": {"k_proj": 2, r"layers\.1\.self_attn\.q_proj": 3},
+    }
     shapes = {n: p.shape[0] for n, p in attach(fresh(), [{"peft-lora": settings}]).trainable().items() if "lora_A" in n}
     ranks = {".".join(name.split(".")[2:5:2]): rank for name, rank in shapes.items()}
     assert ranks == {"0.q_proj": 4, "0.k_proj": 2, "1.q_proj": 3, "1.k_proj": 2}
