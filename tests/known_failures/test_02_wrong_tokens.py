@@ -36,7 +36,7 @@ def test_exactly_the_answers_and_their_ends_are_supervised(recipe: Recipe, rows:
     assert "generation" not in job.reader.tokenizer.chat_template.replace("add_generation_prompt", "")
     assert len(job.dataset.train) == len(rows)
     for example in job.dataset.train:
-        labels = [label for label in example.labels if label != -100]  # type: ignore[attr-defined]
+        labels = [label for label in example.labels if label != -100]
         said = [m["content"] for m in rows[example.row]["messages"] if m["role"] == "assistant"]
         assert job.reader.tokenizer.decode(labels) == "".join(f"{text}<|im_end|>" for text in said)
 

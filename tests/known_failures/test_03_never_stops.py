@@ -50,7 +50,7 @@ def test_what_was_learned_by_heart_ends_by_itself(
         task={"data": str(write_rows(taught, "four.jsonl"))},
         train={"steps": 70, "learning_rate": 0.02},
     )
-    model = load_base(str(bases["plain"]), precision="fp32")
+    model: Any = load_base(str(bases["plain"]), precision="fp32")
     load(model, run(loaded).adapter)
     tokenizer = AutoTokenizer.from_pretrained(bases["plain"])
     for row in taught:

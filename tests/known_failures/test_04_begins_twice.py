@@ -3,8 +3,8 @@
 Met: the template writes the begin token and the tokenizer adds another; training and serving render differently. The
 adapter is mediocre, or good in one program and bad in another.
 
-Here: one function renders for training, evaluation and chat, and the tokenizer adds nothing to it; two begin tokens in a
-template are refused; a tokenizer is in the manifest by its content.
+Here: one function renders for training, evaluation and chat, and the tokenizer adds nothing to it; two begin tokens in
+a template are refused; a tokenizer is in the manifest by its content.
 
 Also: tests/recipes/tasks/test_chat.py
 """
@@ -58,17 +58,18 @@ def test_one_begin_token_in_training_evaluation_generation_and_chat(
     for side in (job.dataset.train, job.dataset.evaluation):
         assert len(side)
         for example in side:
-            assert example.ids[0] == BEGIN  # type: ignore[attr-defined]
-            assert example.ids.count(BEGIN) == example.prompt.count(BEGIN) == 1  # type: ignore[attr-defined]
+            assert example.ids[0] == BEGIN
+            asked: Any = example
+            assert asked.ids.count(BEGIN) == asked.prompt.count(BEGIN) == 1
     run(loaded)
-    asked: list[list[int]] = []
-    monkeypatch.setattr("onegpu.recipes.tasks.chat.generate_texts", _listening(asked))
+    prompts: list[list[int]] = []
+    monkeypatch.setattr("onegpu.recipes.tasks.chat.generate_texts", _listening(prompts))
     question = "good night"
     open_chat(tmp_path / "out", 2)(question)
-    (prompt,) = asked
+    (prompt,) = prompts
     assert prompt.count(BEGIN) == 1
     (trained,) = [e for s in job.dataset.sides.values() for e in s if e.row == 9]
-    assert trained.ids[: len(prompt)] == prompt  # type: ignore[attr-defined]
+    assert trained.ids[: len(prompt)] == prompt
 
 
 def _listening(asked: list[list[int]]) -> Any:

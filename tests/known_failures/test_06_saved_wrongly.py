@@ -108,7 +108,7 @@ def test_saving_needs_no_network(stack: Stack, tmp_path: Path, monkeypatch: pyte
 def test_a_run_whose_adapter_was_saved_as_zeros_is_not_done(
     recipe: Callable[..., Loaded], run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = running.load
+    real = load
 
     def emptied(model: nn.Module, folder: Path, **options: Any) -> Stack:
         loaded = real(model, folder, **options)
@@ -117,7 +117,7 @@ def test_a_run_whose_adapter_was_saved_as_zeros_is_not_done(
         return loaded
 
     monkeypatch.setattr(running, "load", emptied)
-    with pytest.raises(ProofFailed, match="round trip: .* gives other logits"):
+    with pytest.raises(ProofFailed, match=r"round trip: .* gives other logits"):
         run(recipe())
     assert not (tmp_path / "out/adapter").exists()
     assert (tmp_path / "out/adapter-unproved").is_dir()

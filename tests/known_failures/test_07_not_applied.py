@@ -3,8 +3,8 @@
 Met: keys that do not fit are passed over with a warning at most: the base was loaded by another class, a name contains
 "lora" or "weight", a library renamed its modules. Outputs are those of the base, or of a new random adapter.
 
-Here: the keys, shapes and dtypes of a folder are exactly those of the model, or each that is not is named and nothing is
-attached; the manifest holds logits of the trained model to compare with.
+Here: the keys, shapes and dtypes of a folder are exactly those of the model, or each that is not is named and nothing
+is attached; the manifest holds logits of the trained model to compare with.
 
 Also: tests/adapters/test_artefact.py, tests/adapters/conformance/test_table.py (strictness)
 """

@@ -29,13 +29,13 @@ STACKS: dict[str, list[Any]] = {
 }
 
 
-def _shared(model: PreTrainedModel) -> bool:
+def _shared(model: Any) -> bool:
     return bool(model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr())
 
 
 def test_a_target_that_shares_its_weight_is_refused_with_both_ways_out(fresh: Fresh) -> None:
     with pytest.raises(
-        TargetError, match="shares its weight with the input embeddings.* Untie them .*, or leave it out"
+        TargetError, match=r"shares its weight with the input embeddings.* Untie them .*, or leave it out"
     ):
         attach(fresh("tied"), [{"lora": {"targets": ["q_proj", "lm_head"]}}])
     untied = attach(fresh("plain"), [{"lora": {"targets": ["q_proj", "lm_head"]}}])
@@ -46,7 +46,7 @@ def test_a_target_that_shares_its_weight_is_refused_with_both_ways_out(fresh: Fr
 def test_merged_saved_and_read_elsewhere_it_is_the_same_model(
     name: str, fresh: Fresh, logits: Callable[..., Tensor], noise: Callable[[Any], None], tmp_path: Path
 ) -> None:
-    model = fresh("tied")
+    model: Any = fresh("tied")
     before = logits(model)
     stack = attach(model, STACKS[name])
     noise(stack.trainable())
@@ -61,7 +61,7 @@ def test_merged_saved_and_read_elsewhere_it_is_the_same_model(
 
 
 def test_full_training_leaves_them_tied(fresh: Fresh, ids: Tensor) -> None:
-    model = fresh("tied")
+    model: Any = fresh("tied")
     stack = attach(model, ["full"])
     start = model.get_input_embeddings().weight.detach().clone()
     model(input_ids=ids).logits.log_softmax(-1)[..., 0].sum().backward()

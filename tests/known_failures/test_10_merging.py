@@ -39,7 +39,7 @@ def test_a_packed_base_refuses_and_stays_what_it_was(
     bare = logits(model)
     stack = _attached(model, noise, packing)
     expected = logits(model)
-    with pytest.raises(StackError, match="packed|4-bit|int8"):
+    with pytest.raises(StackError, match=r"packed|4-bit|int8"):
         stack.merge()
     assert torch.equal(logits(model), expected)
     stack.detach()

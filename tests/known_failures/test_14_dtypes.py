@@ -34,7 +34,8 @@ def test_over_a_half_base_a_small_step_moves_everything(
     ids: Tensor,
     noise: Callable[[Any], None],
 ) -> None:
-    model = fresh().to(dtype)
+    model: Any = fresh()
+    model.to(dtype)
     attached = attach(model, stack)
     trainable = attached.trainable()
     assert {parameter.dtype for parameter in trainable.values()} == {torch.float32}

@@ -48,7 +48,8 @@ def moves(run: Callable[..., Outcome]) -> Callable[[Loaded], dict[str, float]]:
         try:
             run(loaded)
         finally:
-            [handle.remove() for handle in handles]
+            for handle in handles:
+                handle.remove()
         assert found
         return found
 

@@ -1,7 +1,7 @@
 """19. Nobody can say whether it will fit, and memory ends at the start or at the first long batch.
 
-Met: the longest row decides and comes late; layers are moved to the CPU in silence; calculators use wrong formulas. A run
-dies after hundreds of steps, or takes ten times as long.
+Met: the longest row decides and comes late; layers are moved to the CPU in silence; calculators use wrong formulas. A
+run dies after hundreds of steps, or takes ten times as long.
 
 Here: rows beyond the longest length are told before weights are read; a base is on one device or refused; every adapter
 says in bytes what it costs, without weights; running out of memory says what to change, and exits with code 3.

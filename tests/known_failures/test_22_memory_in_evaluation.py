@@ -1,6 +1,7 @@
 """22. Memory ends in evaluation only.
 
-Met: logits of the whole evaluation set are kept until the end; the evaluation batch is larger; caches of generation stay.
+Met: logits of the whole evaluation set are kept until the end; the evaluation batch is larger; caches of generation
+stay.
 
 Here: of each example some plain numbers are kept, and nothing of a vocabulary's width; evaluation uses the batches of
 training.

@@ -1,7 +1,7 @@
 """25. A configuration from another version.
 
-Met: new versions write every key that they know, older ones fail on an unknown one, or drop it with a warning that hopes
-it does not matter; a key that mattered changes the method.
+Met: new versions write every key that they know, older ones fail on an unknown one, or drop it with a warning that
+hopes it does not matter; a key that mattered changes the method.
 
 Here: only keys that differ from their default are written; an unknown key that says nothing is passed over, one that
 says something is refused with its name; an unknown method is named as one.

@@ -1,9 +1,10 @@
 """26. An adapter is refused or misread by the programs that serve models.
 
-Met: servers know plain LoRA with one scale; others refuse heads, magnitudes and biases, or load a file and apply nothing.
+Met: servers know plain LoRA with one scale; others refuse heads, magnitudes and biases, or load a file and apply
+nothing.
 
-Here: what is saved of LoRA has the keys and the scale of PEFT's format, which servers read; what PEFT cannot read says so
-in the folder instead of looking readable.
+Here: what is saved of LoRA has the keys and the scale of PEFT's format, which servers read; what PEFT cannot read says
+so in the folder instead of looking readable.
 
 Not yet: `onegpu export` for a named server, checked before training; lowering to plain LoRA.
 

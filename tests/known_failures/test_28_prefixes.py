@@ -3,8 +3,8 @@
 Met: prefixes are put in as a cache, whose form changes; head counts and sizes are worked out from the hidden size; a
 checkpoint and a cache exclude each other; logits get longer than the labels.
 
-Here: keys and values enter through the registry of attention functions, in the shape that each layer's attention is called
-with, so that checkpoints recompute them, caches stay the model's own, and logits keep their length.
+Here: keys and values enter through the registry of attention functions, in the shape that each layer's attention is
+called with, so that checkpoints recompute them, caches stay the model's own, and logits keep their length.
 
 Also: tests/adapters/test_prefix.py
 """

@@ -3,8 +3,9 @@
 Met: a renamed argument, a library that imports all of its extras, 4 bits that silently become none, workers that are
 started again and again, listings that need a GPU.
 
-Here: listing imports nothing heavy; `onegpu doctor` tries what a run needs on this machine; what is asked for and cannot
-be had is an error with exit code 3, never something less; a missing package is named with the command that gets it.
+Here: listing imports nothing heavy; `onegpu doctor` tries what a run needs on this machine; what is asked for and
+cannot be had is an error with exit code 3, never something less; a missing package is named with the command that gets
+it.
 
 Not yet: one run of the tests each with the oldest and the newest supported versions.
 

@@ -3,8 +3,8 @@
 Met: a closed list of types, a fork of the library, a registration that the command line does not see, a broken package
 that takes everything down with it.
 
-Here: an entry point and one class are a plugin, trained by name from a recipe, saved with the distribution it needs, and
-proved by a suite that its author runs with one line; a broken one fails only who asks for it, and names are unique.
+Here: an entry point and one class are a plugin, trained by name from a recipe, saved with the distribution it needs,
+and proved by a suite that its author runs with one line; a broken one fails only who asks for it, and names are unique.
 
 Also: tests/recipes/test_plugins.py (real wheels), tests/adapters/conformance/test_suite.py (seeded defects),
 tests/adapters/test_registry.py
@@ -53,6 +53,12 @@ class Gain(Adapter):
         return Gains(context.name, self, model, resolve(model, self.targets))
 
 
+def _outputs(layer: nn.Module) -> int:
+    shape = linear_shape(layer)
+    assert shape is not None
+    return shape[1]
+
+
 class Gains(Attachment):
     """One named instance."""
 
@@ -60,7 +66,7 @@ class Gains(Attachment):
         super().__init__(name, adapter, model)
         self.on, self.hooks = True, list[Any]()
         for path, layer in layers.items():
-            gain = self.parameters[f"{path}.gain.{name}"] = nn.Parameter(torch.ones(linear_shape(layer)[1]))
+            gain = self.parameters[f"{path}.gain.{name}"] = nn.Parameter(torch.ones(_outputs(layer)))
             self.hooks.append(layer.register_forward_hook(lambda m, x, y, gain=gain: y * gain.to(y) if self.on else y))
 
     def enabled(self, on: bool) -> None:
@@ -165,7 +171,7 @@ def test_a_broken_one_fails_only_who_asks_for_it(
     publish("broken", "module_that_is_nowhere:Adapter", "sad")
     assert onegpu("adapters")[0] == 0
     assert run(recipe()).adapter.is_dir()
-    with pytest.raises(PluginError, match="broken.*sad"):
+    with pytest.raises(PluginError, match=r"broken.*sad"):
         recipe(["broken"])
 
 
