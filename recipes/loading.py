@@ -184,8 +184,8 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: _Docum
     document.nodes += 1
     if document.nodes > MOST_NODES or len(path) > DEEPEST:  # aliases of aliases grow without end, in a few lines
         raise RecipeError(
-            f"{document.name}:{node.start_mark.line + 1}: not a recipe: an alias contains itself, or there is more in it "
-            "than in any recipe"
+            f"{document.name}:{node.start_mark.line + 1}: not a recipe: an alias contains itself, or there is more in "
+            "it than in any recipe"
         )
     document.places.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.SequenceNode):

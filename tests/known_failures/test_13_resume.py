@@ -95,5 +95,4 @@ def test_another_recipe_or_other_rows_are_refused_with_the_difference(
     run(recipe(task={"data": data}, train=train))
     with pytest.raises(RecipeError) as caught:
         run(recipe(task={"data": data}, train=train | {"learning_rate": 0.02}), resume=True)
-    assert "- learning_rate: 0.01" in str(caught.value)
-    assert "+ learning_rate: 0.02" in str(caught.value)
+    assert "train.learning_rate: 0.01 -> 0.02" in str(caught.value)

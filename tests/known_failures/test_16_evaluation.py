@@ -62,6 +62,6 @@ def test_the_best_is_what_is_kept(
     best = min(losses, key=lambda step: losses[step])
     assert best != max(losses)
     assert outcome.after["loss"] == losses[best]
-    kept, last = tensors(outcome.adapter), tensors(tmp_path / f"out/checkpoints/best-{best:06d}")
+    kept, last = tensors(outcome.adapter), tensors(tmp_path / f"out/checkpoints/best-{best:06d}/adapter")
     assert {key.rpartition(":")[2] for key in kept} == {key.rpartition(":")[2] for key in last}
     assert all(torch.equal(kept[key], last[key]) for key in kept)

@@ -42,7 +42,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept(
         sizes.append(len(kwargs["input_ids"]))
 
     model.register_forward_hook(look, with_kwargs=True)
-    evaluator = job.evaluator(stack)
+    evaluator, _ = job.evaluator(stack)
     gc.collect()
     before = _wide()
     evaluator(stack.model, list(job.dataset.evaluation))

@@ -20,7 +20,7 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from onegpu.adapters import artefact, attach, save
+from onegpu.adapters import StorageError, artefact, attach, save
 from onegpu.recipes import Loaded, Outcome
 
 
@@ -33,7 +33,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_moments_only(
     outcome = run(recipe([{"lora": {"rank": 2}}], train={"steps": 6, "checkpoint_every": 1}))
     adapter = sum(tensor.nbytes for tensor in tensors(outcome.adapter).values())
     kept = sorted((tmp_path / "out/checkpoints").iterdir())
-    assert [folder.name for folder in kept] == ["step-000004", "step-000005"]
+    assert [folder.name for folder in kept] == ["step-000005", "step-000006"]
     held = tensors(kept[-1])
     random = sum(t.nbytes for key, t in held.items() if key.startswith("random"))
     steps = sum(t.nbytes for key, t in held.items() if key.endswith("/step"))
@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(artefact, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         save(stack, tmp_path / "adapter")
     assert {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "adapter"))] == ["adapter"]
