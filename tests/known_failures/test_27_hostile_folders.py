@@ -12,6 +12,7 @@ Also: tests/test_layout.py, tests/adapters/test_artefact.py, tests/recipes/test_
 import ast
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,6 +140,7 @@ def test_no_text_of_a_folder_is_imported_or_followed(
     (tmp_path / "hostile_module.py").write_text(
         f"from pathlib import Path\nPath({str(tmp_path)!r}, 'executed').touch()\n"
     )
+    shutil.copytree(adapter, tmp_path / "hostile_module")  # what a path out of the folder would find
     monkeypatch.syspath_prepend(tmp_path)
     name, change = HOSTILE[how]
     _say(adapter / name, change)
