@@ -63,6 +63,16 @@ def test_rows_in_one_sequence_do_not_see_each_other(name: str, variant: str, bui
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_with_positions_that_run_on_they_would(build: Callable[..., Any]) -> None:
+    model = build(STACKS["lora"], "plain")
+    ids = torch.tensor([[token for row in ROWS for token in row]])
+    other = ids.clone()
+    other[0, 0] = 11
+    with torch.no_grad():
+        apart = (model(input_ids=ids).logits - model(input_ids=other).logits)[0, len(ROWS[0]) :].abs().max()
+    assert apart > 1e-3
+
+
 def test_the_loss_of_a_pack_is_that_of_its_rows(build: Callable[..., Any]) -> None:
     model = build(STACKS["lora"], "plain")
     losses = [F.cross_entropy(said[:-1], torch.tensor(row[1:]), reduction="sum") for said, row in _pairs(model)]
