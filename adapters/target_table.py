@@ -14,7 +14,7 @@ from .isolation import answerable
 from .specs import Named
 from .structure import Layers, modules
 
-__all__ = ["Target", "target_table"]
+__all__ = ["Target", "count_targets"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Target:
         return sum(self.kinds.values())
 
 
-def target_table(skeleton: PreTrainedModel, stack: Sequence[Named], tokenizer: Any = None) -> list[Target]:
+def count_targets(skeleton: PreTrainedModel, stack: Sequence[Named], tokenizer: Any = None) -> list[Target]:
     """The table, from a model without weights; each adapter is attached to a copy of it.
 
     Raises:

@@ -17,7 +17,7 @@ from onegpu.adapters.isolation import answerable
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 from onegpu.adapters.structure import family
-from onegpu.adapters.target_table import Target, target_table
+from onegpu.adapters.target_table import Target, count_targets
 
 from .data.batches import Plan, resolve_micro_batch
 from .data.dataset import Dataset, Gathered, Trained, encode, gather
@@ -143,7 +143,7 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
             teacher.refuse_longer(min(dataset.longest, reader.limit))
     options, skeleton = fit
     with loaded.place("adapters"):
-        targets = target_table(skeleton, loaded.stack, reader.tokenizer)
+        targets = count_targets(skeleton, loaded.stack, reader.tokenizer)
     return Job(loaded, source, place, hardware, options, targets, gathered, reader, dataset, teacher)
 
 
@@ -170,7 +170,7 @@ def target_rows(loaded: Loaded) -> list[Target]:
         skeleton = skeleton_of(place, loaded.task.model_kind(), source.revision)
         tokenizer = _tokenizer(place, loaded)
     with loaded.place("adapters"):
-        return target_table(skeleton, loaded.stack, tokenizer)
+        return count_targets(skeleton, loaded.stack, tokenizer)
 
 
 def _source(loaded: Loaded, found: list[OnegpuError]) -> Source | None:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onegpu.adapters import ADAPTERS, TASKS, OnegpuError, PluginError, RecipeError, StackError, build, entries, get
-from onegpu.adapters.errors import brief, nearest
+from onegpu.adapters import ADAPTERS, TASKS, OnegpuError, PluginError, RecipeError, build, entries, get
+from onegpu.adapters.errors import brief, nearest, noted, together
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import VARIABLE, find, unqualified
 from onegpu.adapters.specs import Named, check, split
@@ -99,19 +99,22 @@ def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str]
     for override in overrides:
         _apply(document, override)
     found: list[Fault] = []
+    errors: list[OnegpuError] = []  # more than a wrong setting: a plugin that is missing, a stack that cannot be
     recipe = _validated(Recipe, document.content, found)
-    stack = _stack(document, found)
-    task_name, task = _task(document, found)
+    stack = _stack(document, found, errors)
+    task_name, task = _task(document, found, errors)
+    if stack is not None and task is not None:
+        with noted(errors), document.at("adapters"):
+            check(stack, has_head=task.traits().has_head)
     if found:
         told = [document.explain(fault) for fault in _with_belonging(found, document.content)]
         more = [f"and {len(told) - MOST_FAULTS} more"] if len(told) > MOST_FAULTS else []
-        raise RecipeError("\n".join(told[:MOST_FAULTS] + more))
+        errors.insert(0, RecipeError("\n".join(told[:MOST_FAULTS] + more)))
+    if errors:
+        raise together(errors)
     assert recipe is not None
+    assert stack is not None
     assert task is not None
-    try:
-        check(stack, has_head=task.traits().has_head)
-    except StackError as error:
-        raise StackError(document.explain(Fault(("adapters",), str(error)))) from None
     short = Path(name).stem if Path(name).suffix else name
     recipe = _with_whole_paths(recipe, ("base", "adapter"), folder)
     task = _with_whole_paths(task, task.traits().paths, folder)
@@ -142,6 +145,14 @@ class _Document:
     content: dict[str, Any]
     places: dict[KeyPath, str] = field(default_factory=dict)
     nodes: int = 0  # that were read
+
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """Put the place of a key, and its path, in front of what is found wrong inside the block."""
+        try:
+            yield
+        except OnegpuError as error:
+            raise type(error)(self.explain(Fault(path, str(error)))) from error
 
     def explain(self, fault: Fault) -> str:
         above = (fault.path[:n] for n in range(len(fault.path), 0, -1))
@@ -298,25 +309,23 @@ def _validated(model: type[BaseModel], content: Any, found: list[Fault], at: Key
         return None
 
 
-def _stack(document: _Document, found: list[Fault]) -> tuple[Named, ...]:
-    specs = document.content.get("adapters") or []
-    named = []
+def _stack(document: _Document, found: list[Fault], errors: list[OnegpuError]) -> tuple[Named, ...] | None:
+    """The stack; None where something is wrong with one of its adapters."""
+    specs, named = document.content.get("adapters") or [], []
+    before = len(found), len(errors)
     for index, spec in enumerate(specs if isinstance(specs, list) else []):
-        try:
-            (one,) = build([spec])
-            named.append(one)
-        except RecipeError as error:
-            inner = error.faults or (((), _after_place(str(error))),)
-            found += [Fault(("adapters", index, *path), message) for path, message in inner]
-        except OnegpuError as error:
-            raise type(error)(document.explain(Fault(("adapters", index), str(error)))) from error
-    try:
-        return tuple(named) if found else build(named)
-    except StackError as error:  # two of one name
-        raise StackError(document.explain(Fault(("adapters",), str(error)))) from None
+        with noted(errors), document.at("adapters", index):
+            try:
+                named += build([spec])
+            except RecipeError as error:
+                inner = error.faults or (((), _after_place(str(error))),)
+                found += [Fault(("adapters", index, *path), message) for path, message in inner]
+    with noted(errors), document.at("adapters"):
+        build(named)  # refuses two of one name
+    return tuple(named) if (len(found), len(errors)) == before else None
 
 
-def _task(document: _Document, found: list[Fault]) -> tuple[str, Any]:
+def _task(document: _Document, found: list[Fault], errors: list[OnegpuError]) -> tuple[str, Any]:
     spec = document.content.get("task")
     if spec is None:
         return "", None
@@ -325,12 +334,11 @@ def _task(document: _Document, found: list[Fault]) -> tuple[str, Any]:
     except RecipeError as error:
         found.append(Fault(("task",), _after_place(str(error))))
         return "", None
-    try:
+    with noted(errors), document.at("task"):
         task_class, entry = get_task(name), find(TASKS, name)
         with answerable(name, entry, "reading its settings"):
             return name, _validated(task_class, settings, found, ("task", name))
-    except OnegpuError as error:
-        raise type(error)(document.explain(Fault(("task",), str(error)))) from error
+    return name, None
 
 
 def _after_place(text: str) -> str:

@@ -1,6 +1,4 @@
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +6,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from onegpu.adapters import ADAPTERS, DataError, PluginError, RecipeError, StackError, entries, get
-from onegpu.recipes import Loaded, Outcome, Recipe, Train, load_recipe, packaged_recipes, parse_recipe
+from onegpu.adapters import ADAPTERS, TASKS, DataError, PluginError, RecipeError, StackError, entries, get
+from onegpu.recipes import Loaded, Recipe, Train, load_recipe, packaged_recipes, parse_recipe
+from onegpu.recipes.tasks import get_task
 from onegpu.recipes.tasks.chat import Chat
-from onegpu.recipes.tasks.classification import Classification
 
 COMPLETE = """\
 base: somewhere
@@ -28,11 +26,11 @@ train:
   learning_rate: 2e-5
 """
 ADAPTER_NAMES = sorted({entry.name for entry in entries(ADAPTERS) if entry.distribution == "onegpu"})
-TASKS: dict[str, type[BaseModel]] = {"chat": Chat, "classification": Classification}
+TASK_NAMES = sorted({entry.name for entry in entries(TASKS) if entry.distribution == "onegpu"})
 SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Recipe,
     ("train",): Train,
-    **{("task", name): model for name, model in TASKS.items()},
+    **{("task", name): get_task(name) for name in TASK_NAMES},
     **{("adapters", name): get(name) for name in ADAPTER_NAMES},
 }
 LEAVES = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
@@ -138,6 +136,26 @@ def test_a_setting_of_an_adapter_elsewhere_is_sent_to_the_adapter(home: str, key
 def test_all_faults_are_told_at_once() -> None:
     text = COMPLETE.replace("rank: 8", "rnak: 8").replace("steps: 5", "stesp: 5").replace("decay: 0.9", "decay: 9")
     assert len(_refusal(text).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["loraa"], ["did you mean 'lora'"]),
+        (["full", "int8"], ["a base is packed once", "full trains the base itself"]),
+        (["lora"], ["two adapters are called 'lora'"]),
+    ],
+    ids=str,
+)
+def test_a_missing_plugin_and_an_impossible_stack_are_told_with_the_other_faults(
+    more: list[str], told: list[str]
+) -> None:
+    content = yaml.safe_load(COMPLETE)
+    content["adapters"] += more
+    content["train"]["stesp"] = content["train"].pop("steps")
+    found = _refusal(yaml.safe_dump(content))
+    for text in ("train.stesp: unknown key; did you mean 'steps'?", *told):
+        assert text in found
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -384,46 +402,3 @@ def test_a_recipe_that_is_not_there_is_refused(name: str, told: str) -> None:
 def test_what_is_found_wrong_later_is_told_with_its_line(path: tuple[str, ...], place: str) -> None:
     with pytest.raises(DataError, match=f"^{place}: bad$"), _parse(COMPLETE).place(*path):
         raise DataError("bad")
-
-
-# --- every setting is read by somebody --------------------------------------------------------------------------------
-
-READ_WHILE_LOADING = {("Recipe", "adapters"), ("Recipe", "task")}  # they become `stack` and `task`, tested above
-
-
-@contextmanager
-def _reads_of(models: list[type[BaseModel]]) -> Iterator[set[tuple[str, str]]]:
-    """Records which settings are looked at, until the block ends. (Dumping a model is not looking.)"""
-    seen: set[tuple[str, str]] = set()
-
-    def reading(self: Any, name: str) -> Any:
-        if name in type(self).model_fields:
-            seen.add((type(self).__name__, name))
-        return object.__getattribute__(self, name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for model in models:
-            patch.setattr(model, "__getattribute__", reading, raising=False)
-        yield seen
-
-
-def _fields(model: type[BaseModel]) -> set[tuple[str, str]]:
-    return {(model.__name__, name) for name in model.model_fields}
-
-
-def test_every_setting_of_a_chat_recipe_is_read_during_a_run(
-    chat_recipe: Callable[..., Loaded], run: Callable[..., Outcome]
-) -> None:
-    loaded = chat_recipe(task={"evaluation": 0.2, "max_length": 60, "too_long": "cut-right"}, train={"steps": 1})
-    with _reads_of([Recipe, Train, Chat]) as seen:
-        run(loaded)
-    assert seen >= (_fields(Recipe) | _fields(Chat) | _fields(Train)) - READ_WHILE_LOADING - {("Train", "epochs")}
-
-
-def test_every_setting_of_a_classification_recipe_is_read_during_a_run(
-    class_recipe: Callable[..., Loaded], run: Callable[..., Outcome]
-) -> None:
-    loaded = class_recipe(task={"evaluation": 0.2}, train={"steps": None, "epochs": 1})
-    with _reads_of([Recipe, Train, Classification]) as seen:
-        run(loaded)
-    assert seen >= (_fields(Recipe) | _fields(Train) | _fields(Classification)) - READ_WHILE_LOADING
