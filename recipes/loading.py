@@ -311,8 +311,8 @@ def _validated(model: type[BaseModel], content: Any, found: list[Fault], at: Key
 
 def _stack(document: _Document, found: list[Fault], errors: list[OnegpuError]) -> tuple[Named, ...] | None:
     """The stack; None where something is wrong with one of its adapters."""
-    specs, named = document.content.get("adapters") or [], []
-    before = len(found), len(errors)
+    specs, before = document.content.get("adapters") or [], (len(found), len(errors))
+    named: list[Named] = []
     for index, spec in enumerate(specs if isinstance(specs, list) else []):
         with noted(errors), document.at("adapters", index):
             try:

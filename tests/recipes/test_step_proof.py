@@ -94,9 +94,10 @@ def test_a_module_whose_output_is_detached_is_named(
     assert told.endswith("; likewise model.layers.1.mlp")
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_an_adapter_whose_own_branch_is_detached_in_one_module_is_named_by_it(
-    layer: int, chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    layer: int, targets: str, chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     place = f"model.layers.{layer}.self_attn.q_proj"
 
@@ -107,7 +108,7 @@ def test_an_adapter_whose_own_branch_is_detached_in_one_module_is_named_by_it(
         vars(wrapper)["update"] = lambda x, y: real(x, y).detach()
 
     _at_start(monkeypatch, cut)
-    told = _failure(run, chat_recipe(train={"steps": 5}), tmp_path)
+    told = _failure(run, chat_recipe([{"lora": {"rank": 4, "targets": targets}}], train={"steps": 5}), tmp_path)
     # A rests while B is zero, and B stays zero: only B is to blame.
     assert told == f"step proof: no gradient comes through {place}: {place}.lora_B.lora had no gradient in 3 steps"
 
