@@ -26,7 +26,7 @@ from . import registry
 from .attaching import attach
 from .contract import Adapter, Attachment
 from .errors import ArtefactError, PluginError, brief
-from .files import atomic_folder, write_json, write_text
+from .files import atomic_folder, there, write_json, write_text
 from .fingerprints import Fingerprint, fingerprint
 from .fitting import check_base, config_faults, finite_faults, misfit, refuse_excess, tensor_faults, vocabulary
 from .frozen_linear import packed_as
@@ -96,7 +96,7 @@ def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = Fa
         PluginError: an adapter of the stack is not installed.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).exists() and is_peft_folder(folder):
+    if not there(folder / MANIFEST) and is_peft_folder(folder):
         return _load_from_peft(model, folder)
     saved = read(folder)
     mismatch = check_base(saved, model, allow=allow_base_mismatch)

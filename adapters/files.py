@@ -29,6 +29,7 @@ __all__ = [
     "seal",
     "storage",
     "sweep",
+    "there",
     "write_json",
     "write_text",
 ]
@@ -204,3 +205,11 @@ def cache_folder() -> Path:
     chosen = os.environ.get("ONEGPU_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(home) / "onegpu"
+
+
+def there(path: Path) -> bool:
+    """Whether a path leads to something; one that no file can have, or that may not be looked at, leads nowhere."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

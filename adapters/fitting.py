@@ -1,6 +1,7 @@
 """Whether a saved adapter fits a model: its base, its tensors, its settings; both sides are named."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -116,15 +117,23 @@ def refuse_excess(folder: Path, tensors: Iterable[Tensor], model: nn.Module, sta
     """
     if not isinstance(model, PreTrainedModel):
         return
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     held = sum(tensor.nbytes for tensor in tensors)
     with torch.device("meta"):  # also what adapters make: they would draw their start on the CPU
         skeleton = type(model)(copy.deepcopy(model.config))
         for named in stack:
+            if (taken := _positions(named)) > room:
+                raise ArtefactError(f"{folder}: {named.name} takes {taken} positions, and the model has {room}")
             asked = _asked(named, skeleton)
             if asked > TIMES * held + ROOM:
                 raise ArtefactError(
                     f"{folder}: the settings of {named.name} ask for {asked:,} bytes, and its tensors have {held:,}"
                 )
+
+
+def _positions(named: Named) -> int:
+    with answerable(named.name, named.entry, "positions"):
+        return named.adapter.positions()
 
 
 def _asked(named: Named, skeleton: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .device import Precision
 from .errors import ArtefactError, brief, nearest
+from .files import there
 from .fingerprints import Fingerprint
 from .untrusted import inside, read_json, read_tensors
 from .validation import faults
@@ -131,12 +132,12 @@ def read(folder: str | Path) -> Saved:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        others = [name for name in ("adapter_model.bin", CONFIG) if (folder / name).exists()]
+    if not there(folder / MANIFEST):
+        others = [name for name in ("adapter_model.bin", CONFIG) if there(folder / name)]
         hint = (
             f"; it holds {' and '.join(others)}, which another program wrote (pickles are never read)" if others else ""
         )
-        raise ArtefactError(f"{folder} is not an adapter folder: it has no {MANIFEST}{hint}")
+        raise ArtefactError(f"{str(folder)[:300]} is not an adapter folder: it has no {MANIFEST}{hint}")
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, Unavailable, nearest
-from .files import atomic_folder, cache_folder
+from .errors import RecipeError, Unavailable, brief, nearest
+from .files import atomic_folder, cache_folder, there
 
 __all__ = ["SAFELY", "Source", "locate"]
 
@@ -18,6 +18,7 @@ JOIN = " + "  # ENCODER + DECODER
 # How weights are read, for every `from_pretrained`: a base is data. Left unsaid, transformers asks at the terminal
 # whether a base's own code may run, and reads pickles where there are no safetensors.
 SAFELY: Mapping[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+LONGEST = 300  # characters of a path in a message
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -59,14 +60,14 @@ def locate(written: str, *, revision: str | None = None, beside: Path | None = N
         Unavailable: a Python package that is not installed.
     """
     place = (beside or Path()) / Path(written).expanduser()
-    if JOIN in written and not place.exists():
+    if JOIN in written and not there(place):
         return _pair(written, revision, beside)
     if written.startswith("package:"):
         return Source(written, _checked(in_package(written, "base", _models), written))
-    if place.exists():
+    if there(place):
         return Source(written, _checked(place, written))
     if not HUB_ID.fullmatch(written) or written.startswith(".") or written.endswith(".gguf"):
-        raise RecipeError(f"base {written!r}: no such file or folder ({place.absolute()})")
+        raise RecipeError(f"base {brief(written)}: no such file or folder ({str(place.absolute())[:LONGEST]})")
     if revision is None:
         raise RecipeError(
             f"base {written!r}: no such folder, and as a hub id it needs `revision:` (a commit or a tag), so that the "
@@ -139,7 +140,7 @@ def in_package(written: str, what: str, listed: Callable[[Path], Iterable[Path]]
     place = (root / inner).resolve()
     if not place.is_relative_to(root):
         raise RecipeError(f"{what} {written!r}: the path leaves the package")
-    if not place.exists():
+    if not there(place):
         shipped = [path.relative_to(root).as_posix() for path in listed(root)]
         raise RecipeError(f"{what} {written!r}: the package has no {inner!r}{nearest(inner, shipped)}")
     return place

@@ -332,6 +332,10 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
+    except OSError as error:  # the machine refuses: no space, no permission, no such name
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _fail(str(error), 3)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except OSError as error:  # of the machine: nothing that a recipe says wrong ends up here

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from onegpu.adapters import ADAPTERS, TASKS, OnegpuError, PluginError, RecipeError, build, entries, get
 from onegpu.adapters.errors import brief, nearest, noted, together
+from onegpu.adapters.files import there
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import VARIABLE, find, unqualified
 from onegpu.adapters.specs import Named, check, split
@@ -74,7 +75,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
         PluginError: an adapter or a task is not installed, or broken.
     """
     path = Path(name)
-    if path.is_file():
+    if there(path) and path.is_file():
         try:
             if path.stat().st_size > LARGEST:
                 raise RecipeError(f"{name} has more than {LARGEST:,} bytes: no recipe is so large")
@@ -129,7 +130,7 @@ def _with_whole_paths(model: Model, keys: Sequence[str], folder: Path) -> Model:
 def _whole(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [source.model_copy(update={"source": _whole(source.source, folder)}) for source in value]
-    if isinstance(value, str) and (folder / value).exists():
+    if isinstance(value, str) and there(folder / value):
         return str((folder / value).resolve())
     return value
 
@@ -195,8 +196,8 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: _Docum
     document.nodes += 1
     if document.nodes > MOST_NODES or len(path) > DEEPEST:  # aliases of aliases grow without end, in a few lines
         raise RecipeError(
-            f"{document.name}:{node.start_mark.line + 1}: not a recipe: an alias contains itself, or there is more in "
-            "it than in any recipe"
+            f"{document.name}:{node.start_mark.line + 1}: not a recipe: an alias contains itself, or there is "
+            "more in it than in any recipe"
         )
     document.places.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.SequenceNode):

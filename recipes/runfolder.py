@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from onegpu.adapters import RecipeError, StorageError
-from onegpu.adapters.files import discard, flush, move, storage, sweep, write_text
+from onegpu.adapters.files import discard, flush, move, storage, sweep, there, write_text
 
 __all__ = ["RunFolder", "adapter_folder"]
 
@@ -199,7 +199,7 @@ class RunFolder:
 def adapter_folder(folder: Path) -> Path:
     """The adapter folder that is meant by the folder of a run, of a checkpoint, or by itself."""
     run = RunFolder(folder)
-    return run.adapter if run.adapter.is_dir() else folder
+    return run.adapter if there(run.adapter) else folder
 
 
 def _number(folder: Path) -> int:

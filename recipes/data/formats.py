@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Never
 
 from onegpu.adapters import DataError, RecipeError
-from onegpu.adapters.errors import nearest
+from onegpu.adapters.errors import brief, nearest
+from onegpu.adapters.files import there
 
 __all__ = ["ENDINGS", "Record", "check_data", "read_records"]
 
@@ -44,7 +45,7 @@ def check_data(path: Path, written: str) -> None:
         RecipeError: no such file, or an ending that is no format.
         DataError: an empty file, a folder without classes.
     """
-    if path.is_dir():
+    if there(path) and path.is_dir():
         if not any(file.suffix == ".txt" for folder in _classes(path) for file in _visible(folder)):
             holds = ", ".join(sorted(_readable(path))[:5])
             raise DataError(
@@ -57,8 +58,8 @@ def check_data(path: Path, written: str) -> None:
             f"data {written!r}: a file must end in {', '.join(ENDINGS)}, those of lines also in .gz (or name a folder "
             "with a folder of .txt files for each class, package:NAME/path, sample:NAME, hub:ID@REVISION)"
         )
-    if not path.is_file():
-        raise RecipeError(f"data {written!r}: no such file{nearest(path.name, _readable(path.parent))}")
+    if not there(path) or not path.is_file():
+        raise RecipeError(f"data {brief(written)}: no such file{nearest(path.name[:200], _readable(path.parent))}")
     if not path.stat().st_size:
         raise DataError(f"data {written!r}: the file is empty")
 
@@ -81,7 +82,8 @@ def _ending(path: Path) -> str:
 
 
 def _readable(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*") if path.is_file() and _ending(path) in _READERS]
+    files = folder.glob("*") if there(folder) else ()
+    return [path.name for path in files if path.is_file() and _ending(path) in _READERS]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
