@@ -338,10 +338,6 @@ def main() -> None:
         _fail(str(error), 3)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
-    except OSError as error:  # of the machine: nothing that a recipe says wrong ends up here
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        _fail(str(error), 3)
 
 
 def _fail(message: str, code: int) -> None:

@@ -106,11 +106,11 @@ class RunFolder:
 
     def _refuse_unwritable(self) -> None:
         """Before hours of training, and without writing anything."""
-        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not there.is_dir() and there != self.path:
-            raise StorageError(f"{self.path} cannot be made: {there} is a file")
-        if not os.access(there, os.W_OK):
-            raise StorageError(f"{self.path} cannot be written: {there} is read-only for you")
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if there(path))
+        if not nearest.is_dir() and nearest != self.path:
+            raise StorageError(f"{self.path} cannot be made: {nearest} is a file")
+        if not os.access(nearest, os.W_OK):
+            raise StorageError(f"{self.path} cannot be written: {nearest} is read-only for you")
 
     def _recipe_of_the_run(self) -> Any:
         try:
