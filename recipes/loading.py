@@ -327,9 +327,9 @@ def _stack(document: _Document, found: list[Fault], errors: list[OnegpuError]) -
 
 
 def _task(document: _Document, found: list[Fault], errors: list[OnegpuError]) -> tuple[str, Any]:
-    spec = document.content.get("task")
-    if spec is None:
-        return "", None
+    if "task" not in document.content:
+        return "", None  # a fault already
+    spec = document.content["task"]
     try:
         name, settings = split(spec, "task")
     except RecipeError as error:

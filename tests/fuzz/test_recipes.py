@@ -136,7 +136,7 @@ def test_a_malformed_recipe_is_a_message(judge: Any, documents: Any, spoil: Any,
 
 @pytest.mark.fuzz
 def test_ten_thousand_malformed_recipes(judge: Any, documents: Any, spoil: Any, tally: Counter[str]) -> None:
-    @settings(max_examples=13_000)
+    @settings(max_examples=11_000)
     @given(data=st.data())
     def each(data: st.DataObject) -> None:
         _check(judge, documents, spoil, data)

@@ -95,6 +95,20 @@ def test_there_are_leaf_keys_in_every_section() -> None:
     assert {section for section, _ in LEAVES} == set(SECTIONS)
 
 
+def test_a_task_that_is_left_empty_is_a_fault_at_its_line() -> None:
+    assert "recipe.yaml:2: task: write a name, or one name with its settings" in _refusal("base: x\ntask:\n")
+
+
+def test_a_path_that_no_file_can_have_is_no_path(tmp_path: Path) -> None:
+    assert parse_recipe(f"base: {'x' * 5000}\ntask: {{chat: {{data: y}}}}\nadapters: [lora]", name="r", folder=tmp_path)
+
+
+def test_of_many_faults_the_first_are_told() -> None:
+    told = _refusal("base: x\ntask: {chat: {data: y}}\n" + "".join(f"key{i}: 1\n" for i in range(30)))
+    assert len(told.splitlines()) == 9
+    assert told.endswith("and 22 more")
+
+
 @pytest.mark.parametrize(("section", "key"), LEAVES, ids=lambda part: part if isinstance(part, str) else ".".join(part))
 def test_a_misspelt_key_is_refused_with_its_line_and_the_right_spelling(section: tuple[str, ...], key: str) -> None:
     wrong = f"{key}x"
