@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from onegpu.adapters import StorageError
+from onegpu.adapters.files import damage
 from onegpu.recipes import Loaded, Outcome, training
 from onegpu.recipes.training import Session
 
@@ -143,8 +144,6 @@ def test_a_damaged_disk_is_told_from_a_shortage_of_handles(
     loaded: Loaded, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # If it were not, checkpoints that are whole would be set aside.
-    from onegpu.adapters.files import damage
-
     run(loaded)
     with _limited(resource.RLIMIT_NOFILE, _lowest_free_handle()), pytest.raises(StorageError, match="Too many open"):
         damage(tmp_path / "out/checkpoints/step-000004")
