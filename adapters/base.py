@@ -12,13 +12,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .compatibility import Circumstances, refuse_unfit
-from .contract import LoadOptions
+from .contract import SAFELY, LoadOptions
 from .device import Hardware, Precision, attention, compute_dtype, detect
 from .errors import OnegpuError, RecipeError, noted, together
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
 from .quiet import quietly
-from .sources import SAFELY, Source, locate
+from .sources import Source, locate
 from .specs import Named, Spec, build
 from .structure import head_modules, output_embeddings
 

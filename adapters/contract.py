@@ -25,7 +25,7 @@ from .errors import StackError
 from .registry import API
 from .structure import Layers
 
-__all__ = ["API", "Adapter", "Attachment", "Capabilities", "Context", "Cost", "LoadOptions", "Rate"]
+__all__ = ["API", "SAFELY", "Adapter", "Attachment", "Capabilities", "Context", "Cost", "LoadOptions", "Rate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,11 @@ class Capabilities:
     def because(self, capability: str) -> str:
         """`: the reason`, where one is given."""
         return f": {self.reasons[capability]}" if capability in self.reasons else ""
+
+
+# How weights are read, for every `from_pretrained`: a base is data. Left unsaid, transformers asks at the terminal
+# whether a base's own code may run, and reads pickles where there are no safetensors.
+SAFELY: Mapping[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .contract import SAFELY
 from .errors import RecipeError
 from .files import atomic_folder, cache_folder
 from .quiet import quietly
-from .sources import SAFELY
 from .structure import NEW_MODULES, family
 
 __all__ = ["compose", "composed"]

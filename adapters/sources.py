@@ -11,13 +11,10 @@ from typing import Any
 from .errors import RecipeError, Unavailable, brief, nearest
 from .files import atomic_folder, cache_folder, there
 
-__all__ = ["SAFELY", "Source", "locate"]
+__all__ = ["Source", "locate"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 JOIN = " + "  # ENCODER + DECODER
-# How weights are read, for every `from_pretrained`: a base is data. Left unsaid, transformers asks at the terminal
-# whether a base's own code may run, and reads pickles where there are no safetensors.
-SAFELY: Mapping[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 LONGEST = 300  # characters of a path in a message
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
