@@ -1,6 +1,7 @@
 """Whether a saved adapter fits a model: its base, its tensors, its settings; both sides are named."""
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from .specs import Named
 
 __all__ = ["check_base", "config_faults", "finite_faults", "misfit", "refuse_excess", "tensor_faults", "vocabulary"]
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 SHOWN = 5  # faults in one message
 ROOM = 256 * 2**20  # bytes that any adapter may take
 TIMES = 64  # as many as its file has: some methods multiply what they train with large tensors that are not saved
@@ -43,7 +45,20 @@ def _base_faults(base: BaseRecord, model: nn.Module) -> tuple[list[str], list[st
     here = vocabulary(model)
     if None not in (here, base.vocabulary) and here != base.vocabulary:
         faults.append(f"its vocabulary has {here} entries, not {base.vocabulary}")
+    commit = _commit(model) if _name(model) == base.source else None
+    if commit is not None and COMMIT.fullmatch(base.revision or "") and commit != base.revision:
+        faults.append(f"it is revision {commit}, not {base.revision}")
     return faults + found, skipped
+
+
+def _name(model: nn.Module) -> str | None:
+    """Where transformers read a model from: a hub id, or a path that says nothing to others."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None)
+
+
+def _commit(model: nn.Module) -> str | None:
+    """The commit of the hub that it was read from; None for a local folder."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
 def check_base(saved: Saved, model: nn.Module, *, allow: bool) -> list[str]:
@@ -66,7 +81,7 @@ def check_base(saved: Saved, model: nn.Module, *, allow: bool) -> list[str]:
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     theirs, what = base.named, "; ".join(found[:3]) + more
     if not allow:
-        here = getattr(getattr(model, "config", None), "_name_or_path", None)
+        here = _name(model)
         raise ArtefactError(
             f"{saved.folder} was trained on {theirs}, and this model is another{f' ({here})' if here else ''}: {what}. "
             "Pass allow_base_mismatch=True (`--allow-base-mismatch`) to go on all the same"

@@ -3,10 +3,9 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import RecipeError, Unavailable, brief, nearest
 from .files import atomic_folder, cache_folder, there

@@ -53,6 +53,17 @@ def test_another_shape_or_configuration_is_another_base(change: dict[str, Any], 
         load(other, adapter)
 
 
+def test_another_revision_of_a_hub_id_is_another_base_even_with_the_same_weights(adapter: Path, fresh: Fresh) -> None:
+    model = fresh()
+    model.config._name_or_path, model.config._commit_hash = "somebody/model", "2" * 40
+    with pytest.raises(ArtefactError, match=f"it is revision {'2' * 40}, not {'1' * 40}"):
+        load(model, adapter)
+    assert load(model, adapter, allow_base_mismatch=True).trainable()
+    same = fresh()
+    same.config._name_or_path, same.config._commit_hash = "somebody/model", "1" * 40
+    assert load(same, adapter).trainable()
+
+
 def test_the_revision_is_kept(adapter: Path) -> None:
     assert artefact.read(adapter).manifest.base.revision == "1" * 40
 
