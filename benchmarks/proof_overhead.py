@@ -96,8 +96,8 @@ def page(seen: Counter[str], seconds: float, settings: list[str]) -> str:
     lines = [
         "# What the proofs of a run take",
         "",
-        f"`python benchmarks/proof_overhead.py`: `onegpu run {settings[0]}` with {overrides}, looked at {total:,} times",
-        f"in {seconds:,.0f} s.",
+        f"`python benchmarks/proof_overhead.py`: `onegpu run {settings[0]}` with {overrides}, looked at",
+        f"{total:,} times in {seconds:,.0f} s.",
         "",
         "| | share of the run |",
         "| --- | --- |",
