@@ -104,7 +104,7 @@ def test_a_path_that_no_file_can_have_is_no_path(tmp_path: Path) -> None:
 
 
 def test_of_many_faults_the_first_are_told() -> None:
-    told = _refusal("base: x\ntask: {chat: {data: y}}\n" + "".join(f"key{i}: 1\n" for i in range(30)))
+    told = _refusal("base: x\nadapters: [lora]\ntask: {chat: {data: y}}\n" + "".join(f"key{i}: 1\n" for i in range(30)))
     assert len(told.splitlines()) == 9
     assert told.endswith("and 22 more")
 
