@@ -70,11 +70,11 @@ def run(
 
     if accept_changes and not resume:
         raise click.UsageError("--accept-changes is about --resume, and does nothing without it")
-    terminated_like_interrupted()
-    loaded = replace(load_recipe(recipe, overrides), allow_base_mismatch=allow_base_mismatch)
-    folder = out or Path("runs") / loaded.name.replace(":", "-")
-    if run_recipe(loaded, folder, resume=resume, accept_changes=accept_changes) is None:
-        print(f"{folder} is finished; nothing to do")
+    with terminated_like_interrupted():
+        loaded = replace(load_recipe(recipe, overrides), allow_base_mismatch=allow_base_mismatch)
+        folder = out or Path("runs") / loaded.name.replace(":", "-")
+        if run_recipe(loaded, folder, resume=resume, accept_changes=accept_changes) is None:
+            print(f"{folder} is finished; nothing to do")
 
 
 @app.command()

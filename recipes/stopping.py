@@ -32,10 +32,15 @@ def asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def terminated_like_interrupted() -> None:
-    """From now on SIGTERM ends the program as Ctrl-C does: what is being written is cleaned up."""
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Inside the block, SIGTERM ends the program as Ctrl-C does: what is being written is cleaned up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

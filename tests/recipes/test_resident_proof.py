@@ -159,7 +159,9 @@ def test_no_weight_of_the_base_is_copied_or_read_again(
     assert sizes == [{True}, {True}]
 
 
-@pytest.mark.parametrize("stack", [[LORA], [{"peft-lora": {"r": 2}}], [{"trainable-tokens": {"tokens": [5]}}]], ids=str)
+@pytest.mark.parametrize(
+    "stack", [[LORA], [{"peft-lora": {"r": 2}}], ["lora", {"trainable-tokens": {"tokens": [5]}}]], ids=str
+)
 def test_saving_asks_no_network(
     stack: list[Any], chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

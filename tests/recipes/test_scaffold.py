@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onegpu.adapters import RecipeError
+from onegpu.adapters import RecipeError, StorageError
 from onegpu.recipes import scaffold
 from onegpu.recipes.scaffold import FILES, TEMPLATES, new_adapter
 
@@ -131,7 +131,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return real(path, text, *args)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(RecipeError, match="cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match="my-gate was not written: No space left on device"):
         new_adapter("my-gate")
     assert list(tmp_path.iterdir()) == []
 

@@ -25,12 +25,9 @@ def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals)
 
 def test_outside_of_training_both_signals_end_the_program_in_the_same_way() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        terminated_like_interrupted()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(KeyboardInterrupt), terminated_like_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # Two: the evaluation before training, after which there is nothing to lose, and the last one, after the last step.
