@@ -71,7 +71,8 @@ def run(
     if accept_changes and not resume:
         raise click.UsageError("--accept-changes is about --resume, and does nothing without it")
     with terminated_like_interrupted():
-        loaded = replace(load_recipe(recipe, overrides), allow_base_mismatch=allow_base_mismatch)
+        loaded = load_recipe(recipe, overrides, defer=True)
+        loaded = replace(loaded, allow_base_mismatch=allow_base_mismatch)
         folder = out or Path("runs") / loaded.name.replace(":", "-")
         if run_recipe(loaded, folder, resume=resume, accept_changes=accept_changes) is None:
             print(f"{folder} is finished; nothing to do")
@@ -113,7 +114,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> N
     from .loading import load_recipe
     from .showing import data_report, report_lines
 
-    report = data_report(preflight(load_recipe(recipe, overrides)), rows)
+    report = data_report(preflight(load_recipe(recipe, overrides, defer=True)), rows)
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return

@@ -1,9 +1,10 @@
 """A recipe as it is written: YAML with the place of each key, and what `--set` changes in it."""
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -40,6 +41,21 @@ class Document:
         above = (fault.path[:n] for n in range(len(fault.path), 0, -1))
         place = next((self.places[path] for path in above if path in self.places), self.name)
         return f"{place}: {_dotted(fault.path)}: {fault.message}" if fault.path else f"{place}: {fault.message}"
+
+    def without(self, paths: Iterable[KeyPath]) -> "Document":
+        """The same without some keys; what is no key, or lies in a list, stays."""
+        content = copy.deepcopy(self.content)
+        for path in paths:
+            *above, last = path or ("",)
+            inner: Any = content
+            for part in above:
+                if isinstance(inner, list) and isinstance(part, int):
+                    inner = inner[part]
+                else:
+                    inner = inner.get(part) if isinstance(inner, dict) else None
+            if isinstance(inner, dict):
+                inner.pop(last, None)
+        return replace(self, content=content)
 
     def override(self, written: str) -> None:
         """Apply one `key.path=value`; an adapter is reached by its name or its index (`adapters.lora.rank=8`).

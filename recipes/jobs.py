@@ -1,6 +1,7 @@
 """A job: everything that a run needs, found and checked before any weight is read."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -115,10 +116,10 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
         RecipeError, DataError, TargetError, StackError: something in the recipe or its data is wrong.
         Unavailable: a package, a device or a precision is missing.
     """
-    found: list[OnegpuError] = []
+    found = [loaded.fault] if loaded.fault is not None else []
     hardware = detect()
     source = _source(loaded, found)
-    _check_settings(loaded, found)
+    _check_settings(loaded, hardware, found)
     gathered = None
     with noted(found):
         gathered = gather(loaded, trained)
@@ -135,7 +136,8 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
         _check_continued(loaded, reader)
         teacher = find_teacher(loaded, reader, hardware)
     with noted(found), loaded.place("task", loaded.task_name):
-        dataset = encode(loaded, gathered, reader) if reader else None
+        # Tokenising takes its time: not for a recipe that will be written anew.
+        dataset = encode(loaded, gathered, reader) if reader and loaded.fault is None else None
     if found or fit is None or reader is None or dataset is None:
         raise together(found)
     if teacher is not None:
@@ -183,9 +185,11 @@ def _source(loaded: Loaded, found: list[OnegpuError]) -> Source | None:
     return source
 
 
-def _check_settings(loaded: Loaded, found: list[OnegpuError]) -> None:
-    """What can be told from the recipe and its task alone."""
+def _check_settings(loaded: Loaded, hardware: Hardware, found: list[OnegpuError]) -> None:
+    """What can be told from the recipe, its task and the machine alone."""
     recipe, task = loaded.recipe, loaded.task
+    with noted(found), loaded.place("train", "precision"):
+        compute_dtype(recipe.train.precision, hardware)
     with noted(found), loaded.place("adapter"):
         if recipe.adapter is not None:
             facts_of(recipe.adapter, artefact.read(recipe.adapter).manifest)
@@ -205,7 +209,7 @@ def _fit(
     """What the stack makes of the base, and the base without weights; None where something was found to be wrong."""
     settings, kind, skeleton = loaded.recipe.train, loaded.task.model_kind(), None
     dtype = torch.float32
-    with noted(found), loaded.place("train", "precision"):
+    with suppress(Unavailable):  # told already
         dtype = compute_dtype(settings.precision, hardware)
     with noted(found), loaded.place("base"):
         skeleton = skeleton_of(place, kind, revision)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ class Loaded:
     folder: Path  # what relative paths start from
     places: Mapping[KeyPath, str] = field(default_factory=dict)  # of each key, as `file:line`
     allow_base_mismatch: bool = False  # of an adapter that is continued or scored: said with the command, not in it
+    fault: OnegpuError | None = None  # what is wrong with the recipe itself, for a preflight that finds the rest
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every effective value written out; loading this again gives the same run."""
@@ -66,8 +67,12 @@ class Loaded:
         return text
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(name: str, overrides: Sequence[str] = (), *, defer: bool = False) -> Loaded:
     """Load a recipe file, or a packaged recipe by its name, with `key.path=value` overrides.
+
+    Args:
+        defer: where the recipe can be read without its wrong keys, hand it on with its `fault`; `preflight` raises it
+            together with everything else that is wrong. Nothing but `preflight` may be called with such a recipe.
 
     Raises:
         RecipeError: with every fault of the recipe.
@@ -83,22 +88,36 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Loaded:
             raise RecipeError(f"{name} is not UTF-8: {cause}") from None
         except OSError as cause:
             raise RecipeError(f"{name} cannot be read: {cause.strerror}") from None
-        return parse_recipe(text, name=name, folder=path.resolve().parent, overrides=overrides)
+        return parse_recipe(text, name=name, folder=path.resolve().parent, overrides=overrides, defer=defer)
     known = {p.name: p for p in packaged_recipes()}
     if name not in known:
         kind = "no such file" if path.suffix or "/" in name else "no such recipe"
         raise RecipeError(f"recipe {name!r}: {kind}{nearest(name, known)}")
     if not known[name].allowed:
         raise PluginError(f"recipe {name!r} of {known[name].origin} is not allowed by {VARIABLE}")
-    return parse_recipe(known[name].path.read_text("utf-8"), name=name, folder=Path.cwd(), overrides=overrides)
+    text = known[name].path.read_text("utf-8")
+    return parse_recipe(text, name=name, folder=Path.cwd(), overrides=overrides, defer=defer)
 
 
-def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Check the text of a recipe. `name` is what messages call it."""
+def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str] = (), defer: bool = False) -> Loaded:
+    """Check the text of a recipe. `name` is what messages call it; for `defer` see `load_recipe`."""
     document = read_document(text, name)
     for override in overrides:
         document.override(override)
     found: list[Fault] = []
+    try:
+        return _checked(document, folder, found)
+    except OnegpuError as error:
+        if not (defer and found):
+            raise
+        try:
+            return replace(_checked(document.without([fault.path for fault in found]), folder, []), fault=error)
+        except OnegpuError:
+            raise error from None
+
+
+def _checked(document: Document, folder: Path, found: list[Fault]) -> Loaded:
+    """The recipe of a document; what is wrong with its keys is added to `found`, and raised with the rest."""
     errors: list[OnegpuError] = []  # more than a wrong setting: a plugin that is missing, a stack that cannot be
     recipe = _validated(Recipe, document.content, found)
     stack = _stack(document, found, errors)
@@ -115,7 +134,7 @@ def parse_recipe(text: str, *, name: str, folder: Path, overrides: Sequence[str]
     assert recipe is not None
     assert stack is not None
     assert task is not None
-    short = Path(name).stem if Path(name).suffix else name
+    short = Path(document.name).stem if Path(document.name).suffix else document.name
     recipe = _with_whole_paths(recipe, ("base", "adapter"), folder)
     task = _with_whole_paths(task, task.traits().paths, folder)
     return Loaded(short, recipe, stack, task_name, task, folder, document.places)

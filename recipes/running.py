@@ -78,6 +78,8 @@ def run(
         Interrupted: by the user; a checkpoint was written.
     """
     began = time.perf_counter()
+    if loaded.fault is not None:
+        preflight(loaded)  # raises it, with everything else that is wrong
     folder = RunFolder(out)
     resuming = Resuming(folder.check(loaded.as_yaml(), resume=resume, accept_changes=accept_changes), accept_changes)
     if resume and folder.finished:

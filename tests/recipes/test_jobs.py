@@ -20,6 +20,7 @@ from onegpu.recipes.showing import target_lines
 
 Recipe = Callable[..., Loaded]
 Jsonl = Callable[..., Path]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -68,6 +69,28 @@ adapter: {tmp_path / "nowhere"}
     }.items():
         assert any(line.startswith(f"{place}: ") and what in line for line in told), (place, told)
     assert any("no column" in line or "answers" in line for line in told)
+
+
+def test_what_is_wrong_with_a_recipe_and_with_its_run_is_one_message(onegpu: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "base: nowhere/at/all\nadapters: [{lora: {rnk: 4, rank: 0}}]\ntask: {chat: {data: missing.jsonl}}\n"
+        "train: {precision: fp16, steps: 2, learning_rat: 1e-3}\n"
+    )
+    for command in (["run", str(recipe), "-o", str(tmp_path / "out")], ["data", str(recipe)]):
+        code, out, err = onegpu(*command)
+        assert (code, out) == (2, "")
+        for text in ("rnk", "rank: must be", "learning_rat", "missing.jsonl", "nowhere/at/all", "fp16 needs a CUDA"):
+            assert text in err, text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_key_is_told_of_a_finished_run_too(onegpu: Command, chat_recipe: Any, run: Any, tmp_path: Path) -> None:
+    run(chat_recipe(train={"steps": 2}))
+    (tmp_path / "wrong.yaml").write_text((tmp_path / "out/recipe.yaml").read_text() + "wrng: 1\n")
+    code, _, err = onegpu("run", str(tmp_path / "wrong.yaml"), "-o", str(tmp_path / "out"), "--resume")
+    assert code == 2
+    assert "wrng: unknown key" in err
 
 
 def test_a_task_that_does_not_fit_its_base_is_told_with_what_else_is_wrong(jsonl: Jsonl, tmp_path: Path) -> None:
