@@ -6,6 +6,8 @@ import shutil
 import string
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may ask a hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is: threads that wait for other workers' are far slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
