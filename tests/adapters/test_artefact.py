@@ -1,4 +1,3 @@
-import ast
 import json
 import pickle
 import shutil
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import onegpu.adapters
 from onegpu.adapters import (
     ArtefactError,
     LoadOptions,
@@ -515,17 +513,6 @@ def test_a_missing_plugin_is_named_with_its_distribution_and_version(fresh: Fres
     _alter_json(saved / MANIFEST, lambda manifest: manifest["adapters"][0].update(record))
     message = "needs the plugin toy-adapters 1.2 for 'toy'; try `pip install 'toy-adapters>=1.2'`"
     _refused(fresh("plain"), saved, message, PluginError)
-
-
-def test_no_source_file_of_the_package_unpickles() -> None:
-    files = sorted(Path(onegpu.adapters.__file__).parent.glob("*.py"))
-    assert len(files) > 15
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                assert not {alias.name for alias in node.names} & {"pickle", "marshal", "shelve", "dill"}, file
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                assert ast.unparse(node.func) not in {"torch.load", "pickle.load", "pickle.loads", "np.load"}, file
 
 
 # --- the base

@@ -4,9 +4,10 @@ Met: after an interruption the order of the rows is drawn anew, rates restart, r
 another group's decay. The loss jumps, rows are repeated or left out.
 
 Here: a checkpoint holds all that the next step depends on, and a resumed run writes the bytes of one that was never
-interrupted; another recipe, other rows, versions or threads are refused with the difference.
+interrupted; another recipe, other rows, versions or threads are refused with the difference, unless
+`--accept-changes` says to go on, which the manifest then says too.
 
-Also: tests/recipes/test_checkpoints.py, tests/recipes/test_every_task.py, tests/recipes/test_library.py
+Also: tests/recipes/test_resume.py, tests/recipes/test_resuming.py, tests/recipes/test_every_task.py
 """
 
 import shutil

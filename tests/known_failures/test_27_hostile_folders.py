@@ -6,10 +6,9 @@ on the code of a remote repository.
 Here: everything is safetensors and JSON, and there is no way to a pickle; no text of a folder is imported or followed;
 the code of plugins comes from installed distributions only, and those that may not load can be bounded.
 
-Also: tests/test_layout.py, tests/adapters/test_artefact.py, tests/recipes/test_plugins.py
+Also: tests/test_nothing_is_executed.py, tests/adapters/test_hostile.py, tests/recipes/test_plugins.py
 """
 
-import ast
 import json
 import pickle
 import shutil
@@ -20,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from onegpu.adapters import OnegpuError, attach, load, save
 from onegpu.recipes import Loaded, Outcome
 
-ROOT = Path(__file__).parents[2]
-UNPICKLING = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 Fresh = Callable[..., PreTrainedModel]
 
 
@@ -157,31 +153,3 @@ def test_a_run_writes_no_pickle(recipe: Callable[..., Loaded], run: Callable[...
     suffixes = {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".html", ".lock", ""}
     assert ".safetensors" in suffixes
-
-
-def test_no_source_can_unpickle_or_turn_on_remote_code() -> None:
-    sources = [path for room in ("adapters", "recipes") for path in sorted((ROOT / room).rglob("*.py"))]
-    assert len(sources) > 100
-    guilty = [f"{path.name}:{node.lineno}" for path in sources for node in _calls_and_imports(path) if _guilty(node)]
-    assert guilty == []
-
-
-def _calls_and_imports(path: Path) -> list[Any]:
-    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
-    return [node for node in nodes if isinstance(node, (ast.Call, ast.Import, ast.ImportFrom))]
-
-
-def _guilty(node: Any) -> bool:
-    if isinstance(node, ast.Import):
-        return any(alias.name.split(".")[0] in UNPICKLING for alias in node.names)
-    if isinstance(node, ast.ImportFrom):
-        return node.level == 0 and (node.module or "").split(".")[0] in UNPICKLING
-    remote = any(k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in node.keywords)
-    return remote or ast.unparse(node.func) in ("torch.load", "numpy.load", "np.load")
-
-
-def test_the_search_finds_what_it_searches() -> None:
-    code = "import pickle\nfrom dill import loads\ntorch.load(f)\nload(f, trust_remote_code=True)\n"
-    found = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Call, ast.Import, ast.ImportFrom))]
-    assert [_guilty(node) for node in found] == [True] * 4
-    assert torch.load is not None
