@@ -75,12 +75,11 @@ def differences(stored: Fingerprint, model: nn.Module) -> tuple[list[str], list[
     if live.config != stored.config:
         faults.append("its configuration differs")
     # A packed linear has one weight under several buffers: compare the names of what it stands for.
-    ours, theirs = ({_stem(name) for name in prints.tensors} for prints in (live, stored))
-    faults += [f"it lacks {name}" for name in sorted(theirs - ours)] + [
-        f"it adds {name}" for name in sorted(ours - theirs)
-    ]
-    for name in sorted(theirs & ours):
-        here, there = ({k: p for k, p in f.tensors.items() if _stem(k) == name} for f in (live, stored))
+    ours, theirs = (_by_stem(prints.tensors) for prints in (live, stored))
+    faults += [f"it lacks {name}" for name in sorted(theirs.keys() - ours.keys())]
+    faults += [f"it adds {name}" for name in sorted(ours.keys() - theirs.keys())]
+    for name in sorted(theirs.keys() & ours.keys()):
+        here, there = ours[name], theirs[name]
         if {k: p.storage for k, p in here.items()} == {k: p.storage for k, p in there.items()}:
             same = here == there
         elif name in here and name in there:
@@ -124,8 +123,12 @@ def _name_of_dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _stem(name: str) -> str:
-    return name.partition("#")[0]
+def _by_stem(prints: Mapping[str, TensorPrint]) -> dict[str, dict[str, TensorPrint]]:
+    """Prints by the tensor that they are of: a packed one has several."""
+    found: dict[str, dict[str, TensorPrint]] = {}
+    for name, one in prints.items():
+        found.setdefault(name.partition("#")[0], {})[name] = one
+    return found
 
 
 def _print(tensor: Tensor, storage: str) -> TensorPrint:

@@ -227,10 +227,13 @@ def _check_finite(s: Session, objective: Objective, batch: Batch) -> None:
 def _clip(s: Session, trainable: dict[str, nn.Parameter]) -> float:
     """Norm of the gradient before clipping, in true units."""
     s.scaler.unscale_(s.optimizer)
-    if not s.scaler.is_enabled() and (bad := first_bad_gradient(trainable)):  # fp16 skips such a step by itself
+    norm = nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None])
+    # It is finite only if every gradient is. In fp16, the scaler passes over a step that is not.
+    if not s.scaler.is_enabled() and not torch.isfinite(norm) and (bad := first_bad_gradient(trainable)):
         raise ProofFailed(f"step {s.step + 1}: the gradient of {bad} is not finite")
     limit = float("inf") if s.settings.clip is None else s.settings.clip
-    return float(nn.utils.clip_grad_norm_(list(trainable.values()), limit))
+    nn.utils.clip_grads_with_norm_(list(trainable.values()), limit, norm)
+    return float(norm)
 
 
 def _evaluate(s: Session) -> None:
