@@ -25,6 +25,7 @@ __all__ = [
     "damage",
     "discard",
     "flush",
+    "leftovers",
     "move",
     "seal",
     "storage",
@@ -44,11 +45,11 @@ REFUSALS = {  # what a disk, a folder or a process says that can take no more
 
 
 @contextmanager
-def storage(path: Path) -> Iterator[None]:
+def storage(path: Path, done: str = "written") -> Iterator[None]:
     """Turn what the disk, the folder or the limits of the process refuse inside the block into one clear message.
 
     Raises:
-        StorageError: `path` was not written, and why.
+        StorageError: `path` was not written, or what else was to be `done` with it, and why.
     """
     try:
         yield
@@ -58,7 +59,7 @@ def storage(path: Path) -> Iterator[None]:
             raise
         named = getattr(cause, "filename", None)
         where = f" ({named})" if named and str(named) != str(path) else ""
-        raise StorageError(f"{path} was not written: {os.strerror(code)}{where}") from cause
+        raise StorageError(f"{path} was not {done}: {os.strerror(code)}{where}") from cause
 
 
 def _code(cause: Exception) -> int | None:
@@ -134,19 +135,34 @@ def move(source: Path, target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that nothing ever looks at half of it: it loses its name first."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL)) / "old"
-    os.rename(folder, aside)
-    shutil.rmtree(aside.parent, ignore_errors=True)
+    """Remove a folder so that nothing ever looks at half of it: it loses its name first.
+
+    Raises:
+        StorageError: the folder around it may not be written; it is as it was.
+    """
+    with storage(folder, "removed"):
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL)) / "old"
+        os.rename(folder, aside)
+        shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process that was killed while writing into this folder left behind."""
-    for path in folder.glob(f".*{PARTIAL}"):
+    """Remove what a process that was killed while writing into this folder left behind.
+
+    Raises:
+        StorageError: the folder may not be written.
+    """
+    for path in leftovers(folder):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with storage(path, "removed"):
+                path.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What lies in a folder under a temporary name: half of something, for nobody to read."""
+    return sorted(folder.glob(f".*{PARTIAL}"))
 
 
 def seal(folder: Path) -> None:

@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from onegpu.adapters import RecipeError, StorageError
-from onegpu.adapters.files import discard, flush, move, storage, sweep, there, write_text
+from onegpu.adapters.files import discard, flush, leftovers, move, storage, sweep, there, write_text
 
 __all__ = ["RunFolder", "adapter_folder"]
 
@@ -82,6 +82,16 @@ class RunFolder:
                 Path(self._lock.lock_file).unlink()  # while it is held: nobody can have it by that name
             self._lock.release()
 
+    def tidy(self) -> None:
+        """Remove what a process that was killed in its very last instants left in a finished run, if nobody has it."""
+        if not Path(self._lock.lock_file).exists() and not leftovers(self.path):
+            return
+        with suppress(RecipeError, StorageError):  # another process is at its end, or the disk is read-only now
+            self.lock()
+            sweep(self.path)
+            sweep(self.checkpoints)
+        self.release()
+
     def check(self, recipe: str, *, resume: bool, accept_changes: bool = False) -> list[str]:
         """`open` without writing.
 
@@ -89,7 +99,7 @@ class RunFolder:
             What is accepted: each setting that differs from the run's, as `key: old -> new`.
         """
         self._refuse_unwritable()
-        if not self.path.exists() or (self.path.is_dir() and set(os.listdir(self.path)) <= {".lock"}):
+        if not self._begun():
             return []
         if not resume:
             raise RecipeError(f"{self.path} exists already; give another folder with -o, or go on with --resume")
@@ -103,6 +113,13 @@ class RunFolder:
                 + "Give another folder with -o, or go on all the same with --accept-changes: the manifest will say so"
             )
         return changed
+
+    def _begun(self) -> bool:
+        """Whether there is anything; a process that was killed before its first file was whole leaves nothing."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        killed = {path.name for path in leftovers(self.path)}
+        return not set(os.listdir(self.path)) - killed <= {".lock"}
 
     def _refuse_unwritable(self) -> None:
         """Before hours of training, and without writing anything."""

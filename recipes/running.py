@@ -83,6 +83,7 @@ def run(
     folder = RunFolder(out)
     resuming = Resuming(folder.check(loaded.as_yaml(), resume=resume, accept_changes=accept_changes), accept_changes)
     if resume and folder.finished:
+        folder.tidy()
         return None
     job = preflight(loaded)
     accelerator = Accelerator(cpu=job.hardware.kind == "cpu", mixed_precision="no")

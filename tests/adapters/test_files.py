@@ -1,13 +1,21 @@
+import errno
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from onegpu.adapters.files import atomic_folder, cache_folder, write_json, write_text
+from onegpu.adapters import StorageError
+from onegpu.adapters.files import atomic_folder, cache_folder, discard, sweep, write_json, write_text
 
 
 def _fail(*args: object) -> None:
     raise OSError("disk full")
+
+
+def _full(*args: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_text_is_written_whole_and_readable_by_others(tmp_path: Path) -> None:
@@ -69,6 +77,27 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
             (partial / name).touch()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(("place", "broken"), [(tempfile, "mkdtemp"), (os, "rename")], ids=["mkdtemp", "rename"])
+def test_a_folder_that_cannot_be_removed_is_named_and_whole(
+    place: Any, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/a").touch()
+    monkeypatch.setattr(place, broken, _full)
+    with pytest.raises(StorageError, match="old was not removed: No space left on device"):
+        discard(tmp_path / "old")
+    assert (tmp_path / "old/a").is_file()
+
+
+def test_what_a_killed_process_left_and_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".a.x.partial").touch()
+    monkeypatch.setattr(os, "unlink", _full)
+    with pytest.raises(StorageError, match=r"a\.x\.partial was not removed: No space left on device"):
+        sweep(tmp_path)
 
 
 def test_a_folder_can_be_read_by_others(tmp_path: Path) -> None:

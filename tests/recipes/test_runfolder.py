@@ -33,6 +33,38 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
     RunFolder(tmp_path).check(RECIPE, resume=False)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_killed_before_its_recipe_was_whole_is_as_good_as_none(resume: bool, tmp_path: Path) -> None:
+    for name in (".lock", ".recipe.yaml.x.partial"):
+        (tmp_path / name).touch()
+    folder = RunFolder(tmp_path)
+    assert folder.check(RECIPE, resume=resume) == []
+    folder.open(RECIPE, resume=resume)
+    folder.rewind(0)
+    folder.release()
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
+
+
+def test_a_file_beside_what_a_killed_run_left_is_somebody_s(tmp_path: Path) -> None:
+    for name in (".recipe.yaml.x.partial", "mine.partial"):
+        (tmp_path / name).touch()
+    with pytest.raises(RecipeError, match="exists already"):
+        RunFolder(tmp_path).check(RECIPE, resume=False)
+
+
+def test_a_finished_run_loses_what_a_killed_process_left(tmp_path: Path) -> None:
+    for name in (".lock", ".recipe.yaml.x.partial", "recipe.yaml"):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).tidy()
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_the_lock_of_a_process_that_is_at_work_stays(folder: RunFolder) -> None:
+    RunFolder(folder.path).tidy()
+    with pytest.raises(RecipeError, match="another process"):
+        RunFolder(folder.path).lock()
+
+
 def test_a_folder_in_use_is_refused_unless_resumed(folder: RunFolder) -> None:
     with pytest.raises(RecipeError, match=r"exists already; give another folder with -o, or go on with --resume"):
         folder.open(RECIPE, resume=False)
