@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from onegpu.adapters import ArtefactError, RecipeError, Stack
+from onegpu.adapters import ProofFailed, RecipeError, Stack
 from onegpu.adapters.artefact import fill
 from onegpu.adapters.files import atomic_folder, seal, write_json
 
@@ -53,7 +53,7 @@ def write_checkpoint(
 
     Raises:
         StorageError: the disk is full, or the folder may not be written.
-        ArtefactError: what is read back is not what was to be written.
+        ProofFailed: what is read back is not what was to be written; the folder is there to be looked at.
     """
     tensors, values = _flatten(optimizer)
     state = {
@@ -70,16 +70,20 @@ def write_checkpoint(
         save_file(tensors, partial / OPTIMIZER, metadata={"format": "pt"})
         save_file(dict(states), partial / RANDOM, metadata={"format": "pt"})
         write_json(partial / STATE, state)
-        _confirm(tensors, partial / OPTIMIZER)
         seal(partial)
+    _confirm(tensors, folder / OPTIMIZER)
+    _confirm(states, folder / RANDOM)
 
 
 def _confirm(tensors: Mapping[str, Tensor], path: Path) -> None:
     """One tensor at a time: a second copy of the optimiser's state may not fit."""
-    with safe_open(path, "pt") as file:
-        for name, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(name), tensor.cpu()):
-                raise ArtefactError(f"{path}: {name} was not written as it is")
+    try:
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                if not torch.equal(file.get_tensor(name), tensor.cpu()):
+                    raise ProofFailed(f"{path.name}: {name} was not written as it is")
+    except SafetensorError as cause:
+        raise ProofFailed(f"{path.name} was not written as it is: {cause}") from cause
 
 
 def read_state(folder: Path) -> dict[str, Any]:

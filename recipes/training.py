@@ -279,17 +279,17 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
     if s.accelerator.is_main_process:
         unproved = s.folder.unproved(s.step)
         s.folder.flush_records()
-        write_checkpoint(
-            unproved,
-            stack=s.stack,
-            save_adapter=s.save_adapter,
-            optimizer=s.optimizer,
-            schedule=s.schedule,
-            scaler=s.scaler,
-            states=states,
-            progress=progress or s.progress(),
-        )
         try:
+            write_checkpoint(
+                unproved,
+                stack=s.stack,
+                save_adapter=s.save_adapter,
+                optimizer=s.optimizer,
+                schedule=s.schedule,
+                scaler=s.scaler,
+                states=states,
+                progress=progress or s.progress(),
+            )
             s.prove(unproved / "adapter")
         except ProofFailed as cause:
             raise ProofFailed(f"step {s.step}: {cause} (kept aside as {unproved})") from cause

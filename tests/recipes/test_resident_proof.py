@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from onegpu.adapters import ProofFailed, artefact, load
 from onegpu.adapters.files import damage
-from onegpu.recipes import Loaded, Outcome, training
+from onegpu.recipes import Loaded, Outcome, checkpoints, training
 from onegpu.recipes.checkpoints import write_checkpoint
 from onegpu.recipes.resident_proof import ResidentProof
 
@@ -113,6 +113,41 @@ def test_a_checkpoint_that_is_not_what_was_trained_is_kept_aside_and_not_resumed
     assert not (tmp_path / "out/adapter").exists()
     assert folder_bytes(run(loaded, resume=True).adapter) == folder_bytes(run(loaded, "straight").adapter)
     assert {path.name for path in (tmp_path / "out/checkpoints").iterdir()} == {"step-000004", "step-000006"}
+
+
+def _bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "random.safetensors"])
+@pytest.mark.parametrize("spoil", [_bit, _half])
+def test_tensors_that_read_back_wrong_are_kept_aside_and_not_resumed_from(
+    name: str,
+    spoil: Callable[[Path], None],
+    chat_recipe: Recipe,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    real = checkpoints.save_file
+
+    def save(tensors: Any, path: Path, **options: Any) -> None:
+        real(tensors, path, **options)
+        if path.name == name:
+            spoil(path)
+
+    monkeypatch.setattr(checkpoints, "save_file", save)
+    told = rf"step 2: {name}.* was not written as it is.*kept aside as .*unproved-000002"
+    with pytest.raises(ProofFailed, match=told) as caught:
+        run(chat_recipe([LORA], train=EVERY))
+    assert caught.value.exit_code == 4
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["unproved-000002"]
 
 
 def test_the_proof_changes_neither_the_model_nor_random_numbers(
