@@ -4,8 +4,9 @@
 
 JOBS.json: [{"root": folder with recipe.yaml, "kills": [[how, ...], ...]}, ...]. Each list of `how` is one run: it is
 killed as the first says, resumed and killed as the second says, and so on, then resumed to its end. `how` is a number,
-the file-system operation in the folder of the run before which the process kills itself; a float, seconds after which
-it is killed; `"step N"`, in the middle of that step; or `"asked N"`, SIGTERM in that step, after which it ends itself.
+the file-system operation in the folder of the run before which the process kills itself; `"share S"`, the one at that
+share of all that `straight` took; a float, seconds after which it is killed; `"step N"`, in the middle of that step; or
+`"asked N"`, SIGTERM in that step, after which it ends itself.
 The run `straight` is not killed, and is done by this process itself, so that all is imported when the others are
 forked. Output: a JSON object for each run.
 """
@@ -41,8 +42,11 @@ def at_operation(number: int, folder: Path) -> list[int]:
     """Die before that many operations in a folder were done; returns a list that grows by one with each."""
     seen: list[int] = []
 
+    def ours(path: str) -> bool:
+        return path == str(folder) or path.startswith(f"{folder}/")  # the file with the order lies beside it
+
     def look(event: str, args: tuple[Any, ...]) -> None:
-        if event in WRITES and any(str(folder) in os.fsdecode(a) for a in args if isinstance(a, str | bytes | Path)):
+        if event in WRITES and any(ours(os.fsdecode(a)) for a in args if isinstance(a, str | bytes | Path)):
             seen.append(1)
             if len(seen) == number:
                 die()
@@ -115,7 +119,15 @@ def main() -> None:
         _say(root / "straight", [], [_work(recipe, root / "straight", None)])
         for number, kills in enumerate(job["kills"]):
             folder = root / f"run-{number:03d}"
-            _say(folder, kills, [attempt(recipe, folder, how) for how in (*kills, None)])
+            exactly = [operation(how, root / "straight") for how in kills]
+            _say(folder, exactly, [attempt(recipe, folder, how) for how in (*exactly, None)])
+
+
+def operation(how: Any, straight: Path) -> Any:
+    """The number that a share means."""
+    if not isinstance(how, str) or not how.startswith("share "):
+        return how
+    return max(1, round(float(how.split()[1]) * int(straight.with_suffix(".operations").read_text())))
 
 
 def _say(folder: Path, kills: list[Any], statuses: list[int]) -> None:

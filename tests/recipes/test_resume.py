@@ -41,6 +41,8 @@ def _kill_and_resume(root: Path, jobs: Mapping[str, tuple[Loaded, Kills]]) -> No
         *before, last = outcome["statuses"]
         assert last == 0, (outcome, done.stderr)
         assert set(before) <= {KILLED, INTERRUPTED, 0}, (outcome, done.stderr)
+        if before and isinstance(outcome["kills"][0], int):  # there is such an operation, or nothing is shown
+            assert before[0] == KILLED, outcome
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -88,6 +90,7 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
 }
 
 
+FIRST = 20  # instants of a run, each of which kills one: until it has a recipe, hardly anything is as it will be
 SHORT = TRAIN | BEST | {"steps": 4}  # checkpoints at every other step, the last too, and keeps its best adapter
 
 
@@ -95,14 +98,12 @@ def _short(chat_recipe: Recipe) -> Loaded:
     return chat_recipe([{"lora": {"rank": 2, "dropout": 0.1}}], task={"evaluation": 0.2}, train=SHORT)
 
 
-def _instants(count: int, last: int) -> list[list[int]]:
-    """Runs that are killed, most of them once, at operations spread over the whole run."""
+def _instants(count: int) -> list[list[str]]:
+    """Runs that are killed, most of them once, at operations spread over the whole run, the last ones among them."""
     chance = random.Random(count)
-    found = []
-    for number in range(count):
-        first = chance.randint(1 + last * number // count, max(1, last * (number + 1) // count))
-        found.append([first, chance.randint(1, last)] if number % 4 == 3 else [first])
-    return found
+    shares = [(number + chance.random()) / count for number in range(count - 1)] + [1.0]
+    again = [[f"share {chance.random()}"] if number % 4 == 3 else [] for number in range(count)]
+    return [[f"share {share}", *more] for share, more in zip(shares, again, strict=True)]
 
 
 def test_ten_steps_are_four_and_a_kill_and_six_and_a_kill_at_any_instant_loses_nothing(
@@ -113,19 +114,19 @@ def test_ten_steps_are_four_and_a_kill_and_six_and_a_kill_at_any_instant_loses_n
         for name, (stack, train, step) in CASES.items()
     }
     jobs["asked"] = _short(chat_recipe), [["asked 2"], ["asked 4", "step 4"]]
-    jobs["instants"] = _short(chat_recipe), _instants(8, 250)
+    jobs["instants"] = _short(chat_recipe), [[6], *_instants(8)]  # 6: the recipe is being written
     _kill_and_resume(tmp_path, jobs)
     assert {name: _same(tmp_path / name) for name in jobs} == {name: len(kills) for name, (_, kills) in jobs.items()}
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_of_130_instants_is_resumed_to_the_same_bytes(chat_recipe: Recipe, tmp_path: Path) -> None:
-    _kill_and_resume(tmp_path / "first", {"short": (_short(chat_recipe), [])})
-    last = int((tmp_path / "first/short/straight.operations").read_text())
-    assert last > 100
+    beginning = [[number] for number in range(1, FIRST + 1)]
     by_clock = [[round(0.05 * number, 2)] for number in range(1, 21)]
-    _kill_and_resume(tmp_path / "then", {"short": (_short(chat_recipe), [*_instants(110, last), *by_clock])})
-    assert _same(tmp_path / "then/short") == 130
+    kills = [*beginning, *_instants(110 - FIRST), *by_clock]
+    _kill_and_resume(tmp_path, {"short": (_short(chat_recipe), kills)})
+    assert int((tmp_path / "short/straight.operations").read_text()) > 100
+    assert _same(tmp_path / "short") == 130
 
 
 TWO_PROCESSES = """
