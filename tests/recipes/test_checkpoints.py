@@ -1,10 +1,12 @@
 import json
+import random
 import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,6 +106,30 @@ def test_an_interrupted_and_resumed_run_equals_one_in_one_go(
     assert folder_bytes(resumed.adapter) == folder_bytes(straight.adapter)
     assert _records(tmp_path / "resumed") == _records(tmp_path / "straight")
     assert (resumed.before, resumed.after) == (straight.before, straight.after)
+
+
+def test_every_source_of_random_numbers_goes_on(chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a task or an adapter of somebody's may draw from any."""
+    loaded = chat_recipe([LORA], train=TRAIN)
+    drawn: dict[int, list[float]] = {}
+    real = training._accumulate
+
+    def accumulate(s: Session, *args: Any) -> tuple[float, float]:
+        drawn[s.step + 1] = [random.random(), float(numpy.random.rand()), torch.rand(1).item()]
+        return real(s, *args)
+
+    monkeypatch.setattr(training, "_accumulate", accumulate)
+    run(loaded, "straight")
+    straight = dict(drawn)
+    drawn.clear()
+    with monkeypatch.context() as patch:
+        _at_step(3, _interrupt, patch)
+        with pytest.raises(Interrupted):
+            run(loaded, "resumed")
+    random.seed(99), numpy.random.seed(99), torch.manual_seed(99)
+    run(loaded, "resumed", resume=True)
+    assert drawn == straight
+    assert len({tuple(numbers) for numbers in drawn.values()}) == TRAIN["steps"]
 
 
 def test_the_8_bit_state_was_in_8_bits(recipes: Mapping[str, Callable[..., Loaded]], run: Run, tmp_path: Path) -> None:
