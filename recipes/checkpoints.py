@@ -31,7 +31,7 @@ from onegpu.adapters.files import atomic_folder, seal, write_json
 
 __all__ = ["environment", "random_states", "read_state", "restore", "undisturbed", "write_checkpoint"]
 
-EXACTLY = ("onegpu", "torch", "transformers", "bitsandbytes")  # versions that a resumed run must share
+EXACTLY = ("onegpu", "torch", "transformers", "bitsandbytes", "peft")  # versions that a resumed run must share
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
 
@@ -63,7 +63,7 @@ def write_checkpoint(
         "scaler": scaler.state_dict(),
         "adapters": {a.name: a.state() for a in stack.attachments},
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
-        "environment": environment(len(states["cpu"])),
+        "environment": environment(len(states["cpu"]), stack),
     }
     with atomic_folder(folder) as partial:
         save_adapter(partial / "adapter")
@@ -145,9 +145,16 @@ def _restore_schedule(schedule: LRScheduler, optimizer: Optimizer, state: Mappin
         group["lr"] = rate
 
 
-def environment(processes: int) -> dict[str, Any]:
-    """What of this machine the bits depend on."""
-    return {"processes": processes, "threads": torch.get_num_threads(), **{name: version(name) for name in EXACTLY}}
+def environment(processes: int, stack: Stack) -> dict[str, int | str]:
+    """What of this machine the bits depend on: also the versions of whoever wrote the adapters."""
+    machine = {"processes": processes, "threads": torch.get_num_threads(), "device": _device(stack)}
+    authors = {named.entry.distribution: named.entry.version for named in stack.named if named.entry is not None}
+    return {**authors, **{name: version(name) for name in EXACTLY}, **machine}
+
+
+def _device(stack: Stack) -> str:
+    """The kind of device that the base is on."""
+    return next(stack.root.parameters()).device.type
 
 
 def random_states(accelerator: Accelerator) -> dict[str, Tensor]:

@@ -15,19 +15,25 @@ from .training import Session
 __all__ = ["go_on"]
 
 FLAG = "--accept-changes"
+CONTENT = {  # what a run reads beside its recipe, by where the manifest has it
+    "data": "the rows",
+    "labels": "the classes",
+    "class_weights": "the weights of the classes",
+    "stop_tokens": "the tokens that end an answer",
+}
 
 
-def go_on(session: Session, data: Mapping[str, Any], *, changed: Sequence[str], accept_changes: bool) -> None:
+def go_on(session: Session, facts: Mapping[str, Any], *, changed: Sequence[str], accept_changes: bool) -> None:
     """Restore a session from the newest checkpoint that is whole; without any it stays at step 0.
 
     Args:
-        data: what the manifest says of the rows of this run.
+        facts: what the manifest says of this run.
         changed: settings that differ from those that the run began with, and were accepted.
         accept_changes: go on although the result will not be that of an uninterrupted run; its manifest says so.
 
     Raises:
-        RecipeError: rows, base or optimiser are others than the run began with, or its steps are behind it.
-        Unavailable: versions, or the number of threads, are; bits would differ.
+        RecipeError: rows, tokenizer, base or optimiser are others than the run began with, or its steps are behind it.
+        Unavailable: versions, kind of device, or number of threads are; bits would differ.
     """
     folder, state = _usable(session)
     if folder is None:
@@ -37,13 +43,13 @@ def go_on(session: Session, data: Mapping[str, Any], *, changed: Sequence[str], 
     progress = state["progress"]
     if progress["step"] > session.steps:
         raise RecipeError(f"the run did {progress['step']} steps already, and the recipe asks for {session.steps}")
-    others = _other_content(folder, session.base, data)
+    others = _other_content(folder, session.base, facts)
     if others and not accept_changes:
         raise RecipeError(
             f"{' and '.join(others)} changed since {folder} was written, so it cannot be resumed exactly; {FLAG} goes "
             "on all the same, and the manifest will say so"
         )
-    machine = _other_machine(state["environment"], environment(session.accelerator.num_processes))
+    machine = _other_machine(state["environment"], environment(session.accelerator.num_processes, session.stack))
     if machine and not accept_changes:
         raise Unavailable(
             f"{folder} cannot be resumed exactly here: "
@@ -59,10 +65,9 @@ def go_on(session: Session, data: Mapping[str, Any], *, changed: Sequence[str], 
         scaler=session.scaler,
         process=session.accelerator.process_index,
     )
-    session.step, session.scores = progress["step"], progress["scores"]
-    session.selection = session.selection.resumed(progress["selection"])
+    session.resume(progress)
     here = [*changed, *others, *(f"{name}: {before} -> {now}" for name, before, now in machine)]
-    session.changes = [*progress["changes"], *([{"step": session.step, "changed": here}] if here else [])]
+    session.changes += [{"step": session.step, "changed": here}] if here else []
     session.display.line("resumed", f"after step {session.step}")
     for change in here:
         session.display.line("changed", change)
@@ -88,10 +93,20 @@ def _fault(folder: RunFolder, checkpoint: Path) -> str | None:
     return f"it needs {folder.best(best).name}, and there {fault}" if fault else None
 
 
-def _other_content(checkpoint: Path, base: Fingerprint, data: Mapping[str, Any]) -> list[str]:
+def _other_content(checkpoint: Path, base: Fingerprint, facts: Mapping[str, Any]) -> list[str]:
     manifest = artefact.read(checkpoint / "adapter").manifest
-    found = ["the rows"] if manifest.run.get("data") != data else []
+    found = [what for key, what in CONTENT.items() if manifest.run.get(key) != facts[key]]
+    found += [f"the tokenizer ({kind})" for kind in _other_parts(manifest.run.get("tokenizer"), facts["tokenizer"])]
     return found + (["the base"] if manifest.base.fingerprint != base else [])
+
+
+def _other_parts(before: Any, now: Any) -> list[str]:
+    """What of two tokenizers differs, by the digests of their parts."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if before == now else ["all of it"]
+    return [
+        str(kind).replace("_", " ") for kind in sorted(before.keys() | now.keys()) if before.get(kind) != now.get(kind)
+    ]
 
 
 def _other_machine(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

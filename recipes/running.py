@@ -116,8 +116,8 @@ def _train_and_prove(
         folder.open(job.loaded.as_yaml(), resume=resuming is not None, accept_changes=accept)
         folder.rewind(session.step, len(session.scores))
     accelerator.wait_for_everyone()
-    verdict = train(session)
-    display.line("trained", verdict)
+    session.verdict = train(session)
+    display.line("trained", session.verdict)
     keep_best(session)
     after, test = session.kept_scores, _tested(session, job)
     demonstrations = [d for d in (before, demonstrate(session.model)) if d is not None]
@@ -194,6 +194,7 @@ def _session(
     def save(place: Path) -> None:
         run_facts = facts | {"steps": session.kept_step, "scores": session.kept_scores, "test": session.test}
         run_facts |= {"changes": session.changes} if session.changes else {}
+        run_facts |= {"step_proof": session.verdict} if session.verdict else {}
         artefact.save(stack, place, source=job.source.written, revision=job.source.revision, base=base, run=run_facts)
 
     trained = sum(group.elements for group in groups)
@@ -202,7 +203,7 @@ def _session(
     if remark:
         display.line("note", remark)
     if resuming is not None:
-        go_on(session, facts["data"], changed=resuming.changed, accept_changes=resuming.accept_changes)
+        go_on(session, facts, changed=resuming.changed, accept_changes=resuming.accept_changes)
     return session, save
 
 

@@ -1,7 +1,8 @@
 """The step proof: everything that is declared to be trained was trained, over the first steps of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,22 @@ class StepProof:
     def pending(self) -> bool:
         """Whether more steps are to be watched."""
         return self.judged < JUDGED_STEPS and len(self.proved) < len(self.stack.trainable())
+
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, for a checkpoint: a run that is resumed is judged as one in one go."""
+        return {
+            "stepped": self.stepped,
+            "judged": self.judged,
+            "proved": sorted(self.proved),
+            "suspects": dict(self.suspects),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was seen before a checkpoint."""
+        trainable = self.stack.trainable()
+        self.stepped, self.judged = state["stepped"], state["judged"]
+        self.proved = {name for name in state["proved"] if name in trainable}
+        self.suspects = {name: why for name, why in state["suspects"].items() if name in trainable}
 
     def before_loss(self) -> None:
         """Watch modules that share a tensor; and, once something is suspected, those that may have cut it off."""

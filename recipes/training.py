@@ -7,7 +7,7 @@ micro-batches or processes, and also in the short window at the end of an epoch.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Session:
     test: dict[str, float] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)  # what a resumed run went on in spite of
     proof: StepProof = field(init=False)  # made at once: a stack that is not what it declares must not start
+    verdict: str = ""  # of the step proof, once the last step is done
     best_restored: bool = False  # the stack holds the adapter of the best evaluation again, not that of the last step
 
     def __post_init__(self) -> None:
@@ -88,7 +89,13 @@ class Session:
     def progress(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint."""
         found = {"step": self.step, "scores": self.scores, "selection": self.selection.state(), "changes": self.changes}
-        return copy.deepcopy(found)
+        return copy.deepcopy(found | {"proof": self.proof.state()})
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Stand where a checkpoint says."""
+        self.step, self.scores, self.changes = progress["step"], progress["scores"], progress["changes"]
+        self.selection = self.selection.resumed(progress["selection"])
+        self.proof.resume(progress["proof"])
 
 
 def train(s: Session) -> str:
@@ -105,6 +112,7 @@ def train(s: Session) -> str:
         with s.stack.base_only():
             _evaluate(s)
     s.model.train()
+    base_seen = False
     with asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
         while s.step < s.steps and not s.selection.exhausted:
             began = time.perf_counter()
@@ -116,15 +124,15 @@ def train(s: Session) -> str:
                 attachment.after_backward(s.step)
             norm = _clip(s, trainable)
             rates = [float(rate) for rate in s.schedule.get_last_lr()]
-            judged = proof.judged
             proof.before_step(max(rates) if math.isfinite(norm) else 0.0)  # fp16 passes over a step that overflowed
             s.scaler.step(s.optimizer)
             s.scaler.update()
             proof.after_step()
             for attachment in s.stack.attachments:
                 attachment.after_step(s.step)
-            if proof.judged > judged == 0:
-                frozen_base(s.stack, s.base)  # once: it reads every byte of the base
+            if proof.judged and not base_seen:
+                base_seen = True
+                frozen_base(s.stack, s.base)  # once in a process: it reads every byte of the base
             s.schedule.step()
             s.optimizer.zero_grad()
             s.step += 1

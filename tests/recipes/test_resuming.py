@@ -1,6 +1,8 @@
 """Damaged checkpoints are named and passed over; what changed is named, and in the manifest where it is accepted."""
 
+import dataclasses
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from onegpu.adapters import ArtefactError, OnegpuError, RecipeError, artefact
-from onegpu.adapters.files import damage
+from onegpu.adapters import ArtefactError, OnegpuError, ProofFailed, RecipeError, Unavailable, artefact, registry
+from onegpu.adapters.files import damage, seal
 from onegpu.recipes import Loaded, Outcome, run as run_loudly, training
 from onegpu.recipes.training import Session
 
@@ -123,6 +125,40 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert folder_bytes(outcome.adapter) == folder_bytes(straight.adapter)
     assert _records(begun) == _records(tmp_path / "straight")
     assert (begun / "checkpoints/damaged-000004").is_dir()
+
+
+def test_a_run_that_is_resumed_near_its_end_was_proved_by_its_first_steps(
+    begun: Path, loaded: Loaded, run: Run
+) -> None:
+    outcome, straight = run(loaded, resume=True), run(loaded, "straight")
+    proved = artefact.read(outcome.adapter).manifest.run["step_proof"]
+    assert re.fullmatch(r"\d+ tensors had a gradient and moved", proved)  # two steps alone are too short to judge
+    assert artefact.read(straight.adapter).manifest.run["step_proof"] == proved
+
+
+def test_what_was_suspected_before_a_run_died_is_remembered(
+    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = training._accumulate
+
+    def cut(s: Session, window: Any, trainable: Any) -> tuple[float, float]:
+        found = real(s, window, trainable)
+        if s.step == 5:
+            raise SystemError("the power went")
+        next(p for name, p in trainable.items() if "lora_B" in name).grad = None
+        s.proof._from_loss.discard(next(name for name in trainable if "lora_B" in name))
+        return found
+
+    loaded = chat_recipe(train={"steps": 6, "checkpoint_every": 2})
+    monkeypatch.setattr(training, "_accumulate", cut)
+    with monkeypatch.context() as patch:
+        _stop_in(3, patch)
+        with pytest.raises(SystemError):
+            run(loaded)
+    told = json.loads((tmp_path / "out/checkpoints/step-000002/state.json").read_text("utf-8"))["progress"]["proof"]
+    assert (told["judged"], len(told["suspects"])) == (2, 1)
+    with pytest.raises(ProofFailed, match="had no gradient in 3 steps"):  # the third in all, the first since
+        run(loaded, resume=True)
 
 
 def test_a_best_adapter_that_is_damaged_before_it_is_wanted_is_named(
@@ -238,6 +274,86 @@ def test_another_base_in_the_same_place_is_refused(
     with pytest.raises(RecipeError, match=r"the base changed since .*step-000002 was written"):
         run(loaded, resume=True)
     assert _changes(_accepting(loaded, tmp_path / "out")) == [{"step": 2, "changed": ["the base"]}]
+
+
+@pytest.fixture
+def own_base(chat_base: Path, tmp_path: Path) -> Path:
+    """A base that a test may change."""
+    shutil.copytree(chat_base, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def _other_template(base: Path) -> None:
+    """Another sign between turns: no count of tokens tells."""
+    path = base / "chat_template.jinja"
+    written = path.read_text("utf-8").replace("<|im_end|>\n", "<|im_end|> ")
+    assert written != path.read_text("utf-8")
+    path.write_text(written, "utf-8")
+
+
+def _other_stop(base: Path) -> None:
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"eos_token_id": [1, 7]}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(_other_template, "the tokenizer (chat template)"), (_other_stop, "the tokens that end an answer")],
+    ids=["template", "stop token"],
+)
+def test_texts_that_would_be_read_otherwise_are_refused(
+    change: Callable[[Path], None],
+    told: str,
+    own_base: Path,
+    chat_recipe: Recipe,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    loaded = chat_recipe(base=own_base, train={"steps": 4, "checkpoint_every": 2})
+    with monkeypatch.context() as patch:
+        _stop_in(4, patch)
+        with pytest.raises(SystemError):
+            run(loaded)
+    change(own_base)
+    with pytest.raises(RecipeError, match=f"{re.escape(told)} changed since .*step-000002 was written"):
+        run(loaded, resume=True)
+    assert _changes(_accepting(loaded, tmp_path / "out")) == [{"step": 2, "changed": [told]}]
+
+
+def _declared_anew(patch: pytest.MonkeyPatch, **changes: str) -> None:
+    """Every adapter as if another distribution, or another version of it, provided it."""
+    real = registry.entries
+
+    def entries(group: str) -> list[registry.Entry]:
+        return [dataclasses.replace(entry, **changes) for entry in real(group)]
+
+    patch.setattr(registry, "entries", entries)
+
+
+def test_another_version_of_a_plugin_is_refused(
+    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train = {"steps": 4, "checkpoint_every": 2}
+    _declared_anew(monkeypatch, distribution="other", version="1.0")
+    with monkeypatch.context() as patch:
+        _stop_in(4, patch)
+        with pytest.raises(SystemError):
+            run(chat_recipe(train=train))
+    _declared_anew(monkeypatch, version="2.0")
+    with pytest.raises(Unavailable, match=r"other was 1\.0 and is 2\.0"):
+        run(chat_recipe(train=train), resume=True)
+
+
+@pytest.mark.parametrize("name", ["device", "peft", "torch"])
+def test_another_machine_is_refused(name: str, begun: Path, loaded: Loaded, run: Run) -> None:
+    state = begun / "checkpoints/step-000004/state.json"
+    content = json.loads(state.read_text("utf-8"))
+    content["environment"][name] = "other"
+    state.write_text(json.dumps(content), "utf-8")
+    seal(state.parent)
+    with pytest.raises(Unavailable, match=f"{name} was other and is "):
+        run(loaded, resume=True)
 
 
 def test_the_flag_without_resume_is_refused(onegpu: Callable[..., tuple[int, str, str]]) -> None:
