@@ -147,9 +147,9 @@ def _restore_schedule(schedule: LRScheduler, optimizer: Optimizer, state: Mappin
 
 def environment(processes: int, stack: Stack) -> dict[str, int | str]:
     """What of this machine the bits depend on: also the versions of whoever wrote the adapters."""
-    machine = {"processes": processes, "threads": torch.get_num_threads(), "device": _device(stack)}
+    machine: dict[str, int | str] = {"processes": processes, "threads": torch.get_num_threads()}
     authors = {named.entry.distribution: named.entry.version for named in stack.named if named.entry is not None}
-    return {**authors, **{name: version(name) for name in EXACTLY}, **machine}
+    return {**authors, **{name: version(name) for name in EXACTLY}, **machine, "device": _device(stack)}
 
 
 def _device(stack: Stack) -> str:

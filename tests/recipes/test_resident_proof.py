@@ -135,7 +135,7 @@ def test_tensors_that_read_back_wrong_are_kept_aside_and_not_resumed_from(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    real = checkpoints.save_file
+    real: Any = vars(checkpoints)["save_file"]
 
     def save(tensors: Any, path: Path, **options: Any) -> None:
         real(tensors, path, **options)

@@ -121,9 +121,9 @@ def test_ten_steps_are_four_and_a_kill_and_six_and_a_kill_at_any_instant_loses_n
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_of_130_instants_is_resumed_to_the_same_bytes(chat_recipe: Recipe, tmp_path: Path) -> None:
-    beginning = [[number] for number in range(1, FIRST + 1)]
+    beginning: list[list[Any]] = [[number] for number in range(1, FIRST + 1)]
     by_clock = [[round(0.05 * number, 2)] for number in range(1, 21)]
-    kills = [*beginning, *_instants(110 - FIRST), *by_clock]
+    kills: Kills = [*beginning, *_instants(110 - FIRST), *by_clock]
     _kill_and_resume(tmp_path, {"short": (_short(chat_recipe), kills)})
     assert int((tmp_path / "short/straight.operations").read_text()) > 100
     assert _same(tmp_path / "short") == 130

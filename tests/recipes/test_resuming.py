@@ -321,7 +321,7 @@ def test_texts_that_would_be_read_otherwise_are_refused(
     assert _changes(_accepting(loaded, tmp_path / "out")) == [{"step": 2, "changed": [told]}]
 
 
-def _declared_anew(patch: pytest.MonkeyPatch, **changes: str) -> None:
+def _declared_anew(patch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Every adapter as if another distribution, or another version of it, provided it."""
     real = registry.entries
 
