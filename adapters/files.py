@@ -17,7 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import StorageError
+from .errors import ArtefactError, StorageError, printable
+from .untrusted import read_json
 
 __all__ = [
     "atomic_folder",
@@ -37,6 +38,7 @@ __all__ = [
 
 PARTIAL = ".partial"  # how temporary names end, so that what a killed process left can be told from all else
 SEAL = "checksums.json"
+LONGEST = 200  # characters of a name in a message
 REFUSALS = {  # what a disk, a folder or a process says that can take no more
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
@@ -173,25 +175,51 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """How a sealed folder differs from what was sealed; None when it does not.
 
+    Nothing is followed out of the folder, and nothing waited for: a link or a pipe in it is damage.
+
     Raises:
         StorageError: it cannot be told, for instance as too many files are open.
     """
     try:
-        sealed, found = json.loads((folder / SEAL).read_text("utf-8")), _digests(folder)
+        texts = _irregular(folder) or _differences(_sealed(folder), _digests(folder))
     except FileNotFoundError as cause:
-        return f"{Path(cause.filename).name} is missing"
-    except (ValueError, RecursionError):
+        return f"{printable(Path(cause.filename).name)} is missing"
+    except ArtefactError:
         return f"{SEAL} is damaged"
     except OSError as cause:
         if cause.errno == errno.EIO:  # the disk itself
             return f"it cannot be read: {cause}"
         raise StorageError(f"{folder} cannot be checked: {cause}") from cause
-    if not isinstance(sealed, dict):
-        return f"{SEAL} is damaged"
+    return printable("; ".join(text[:LONGEST] for text in texts[:3])) or None
+
+
+def _irregular(folder: Path) -> list[str]:
+    """What is neither a file nor a folder, for `damage`."""
+    if folder.is_symlink():
+        return ["it is a link"]
+    return [
+        f"{path.relative_to(folder).as_posix()} is {'a link' if path.is_symlink() else 'not a file'}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not (path.is_file() or path.is_dir())
+    ]
+
+
+def _sealed(folder: Path) -> dict[str, Any]:
+    (folder / SEAL).stat()  # FileNotFoundError
+    try:
+        return read_json(folder / SEAL)
+    except ArtefactError as cause:
+        if isinstance(cause.__cause__, OSError):  # the machine, not the file
+            raise cause.__cause__ from None
+        raise
+
+
+def _differences(sealed: dict[str, Any], found: dict[str, str]) -> list[str]:
     texts = [f"{name} is missing" for name in sorted(sealed.keys() - found.keys())]
     texts += [f"{name} does not belong there" for name in sorted(found.keys() - sealed.keys())]
-    texts += [f"{name} has other bytes" for name in sorted(found) if name in sealed and sealed[name] != found[name]]
-    return "; ".join(texts[:3]) or None
+    return texts + [
+        f"{name} has other bytes" for name in sorted(found) if name in sealed and sealed[name] != found[name]
+    ]
 
 
 def _digests(folder: Path) -> dict[str, str]:

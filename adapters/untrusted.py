@@ -43,13 +43,16 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, largest: int = LARGEST) -> dict[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        largest: bytes that it may have.
 
     Raises:
         ArtefactError: it is missing or damaged, or larger or deeper than anything written here.
     """
-    content = _parsed(_bytes(path), path, "not JSON")
+    content = _parsed(_bytes(path, largest), path, "not JSON")
     if not isinstance(content, dict):
         raise ArtefactError(f"{path} must hold one JSON object")
     return content
@@ -63,15 +66,15 @@ def _check_file(path: Path) -> None:
         raise ArtefactError(f"{str(path)[:200]} cannot be read: {cause.strerror}") from None
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, largest: int) -> bytes:
     _check_file(path)
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(largest + 1)
     except OSError as cause:
         raise ArtefactError(f"{path} cannot be read: {cause.strerror}") from cause
-    if len(content) > LARGEST:
-        raise ArtefactError(f"{path} has more than {LARGEST:,} bytes: nothing of that kind is so large")
+    if len(content) > largest:
+        raise ArtefactError(f"{path} has more than {largest:,} bytes: nothing of that kind is so large")
     return content
 
 

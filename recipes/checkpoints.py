@@ -3,12 +3,11 @@
 step-000050/
   adapter/                the artefact as it stands
   optimizer.safetensors   every tensor of the optimiser's state
-  state.json              everything else: schedule, loss scaling, adapters' own state, versions
+  state.json              everything else: progress, loss scaling, adapters' own state, versions
   random.safetensors      the random states of torch, a row per process
   checksums.json          the digest of every file, so that damage is seen
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,19 +19,24 @@ import numpy
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from onegpu.adapters import ProofFailed, RecipeError, Stack
+from onegpu.adapters import Attachment, ProofFailed, RecipeError, Stack
 from onegpu.adapters.artefact import fill
+from onegpu.adapters.errors import brief
 from onegpu.adapters.files import atomic_folder, seal, write_json
+from onegpu.adapters.untrusted import LARGEST, read_json, read_tensors
+
+from . import checkpoint_record, optimizer_state
 
 __all__ = ["environment", "random_states", "read_state", "restore", "undisturbed", "write_checkpoint"]
 
 EXACTLY = ("onegpu", "torch", "transformers", "bitsandbytes", "peft")  # versions that a resumed run must share
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
+OWN = 32  # bytes of JSON for an element that is trained: AdaLoRA keeps three sums of each, in base 64
 
 
 def write_checkpoint(
@@ -41,7 +45,6 @@ def write_checkpoint(
     stack: Stack,
     save_adapter: Callable[[Path], None],
     optimizer: Optimizer,
-    schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
     states: Mapping[str, Tensor],
     progress: Mapping[str, Any],
@@ -55,11 +58,10 @@ def write_checkpoint(
         StorageError: the disk is full, or the folder may not be written.
         ProofFailed: what is read back is not what was to be written; the folder is there to be looked at.
     """
-    tensors, values = _flatten(optimizer)
+    tensors, values = optimizer_state.flatten(optimizer)
     state = {
         "progress": dict(progress),
         "optimizer": {"kind": type(optimizer).__name__, "values": values},
-        "schedule": schedule.state_dict(),
         "scaler": scaler.state_dict(),
         "adapters": {a.name: a.state() for a in stack.attachments},
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
@@ -86,19 +88,16 @@ def _confirm(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise ProofFailed(f"{path.name} was not written as it is: {cause}") from cause
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors: `progress`, `environment` and more.
+def read_state(folder: Path, stack: Stack) -> dict[str, Any]:
+    """What a checkpoint of this stack says beside its tensors: `progress`, `environment` and more.
 
     Raises:
-        RecipeError: it is none.
+        ArtefactError: it cannot be read, or is larger than that of such a stack can be.
+        RecipeError: it says what no checkpoint says.
     """
-    try:
-        state = json.loads((folder / STATE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as cause:
-        raise RecipeError(f"the checkpoint {folder} cannot be read: {cause}") from cause
-    if not isinstance(state, dict) or not {"progress", "environment"} <= state.keys():
-        raise RecipeError(f"the checkpoint {folder} cannot be read: {STATE} is not one of ours")
-    return state
+    trained = sum(parameter.numel() for parameter in stack.trainable().values())
+    path = folder / STATE
+    return checkpoint_record.checked(read_json(path, largest=LARGEST + OWN * trained), path)
 
 
 def restore(
@@ -113,32 +112,92 @@ def restore(
 ) -> None:
     """Make everything live what it was when the checkpoint was written. Rates follow from the recipe and the step.
 
+    Args:
+        state: of `read_state`.
+
     Raises:
-        ArtefactError: the adapter does not fit.
-        RecipeError: the optimiser, or anything else, does not.
+        ArtefactError: a file is damaged, or the adapter does not fit.
+        RecipeError: the optimiser, or anything else, does not; nothing was restored then, but for what adapters
+            of a stack took before another one refused its own state.
     """
-    try:
-        kind, here = state["optimizer"]["kind"], type(optimizer).__name__
-        if kind != here:
-            raise RecipeError(f"{folder} has the state of {kind}, and the recipe asks for {here}: start another run")
-        tensors, states = load_file(folder / OPTIMIZER), load_file(folder / RANDOM)
-        fill(stack, folder / "adapter")
-        _unflatten(optimizer, tensors, state["optimizer"]["values"])
-        _restore_schedule(schedule, optimizer, state["schedule"])
+    tensors, states = read_tensors(folder / OPTIMIZER), read_tensors(folder / RANDOM)
+    _check_optimizer(folder, state, optimizer, tensors)
+    _check_scaler(folder / STATE, state["scaler"], scaler)
+    _check_random(folder / RANDOM, states, state["environment"]["processes"])
+    _check_adapters(folder / STATE, state["adapters"], stack)
+    fill(stack, folder / "adapter")
+    for attachment in stack.attachments:
+        _load_own_state(folder / STATE, attachment, state["adapters"][attachment.name])
+    optimizer_state.unflatten(optimizer, tensors, state["optimizer"]["values"])
+    _restore_schedule(schedule, optimizer, state["progress"]["step"])
+    if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-        for attachment in stack.attachments:
-            attachment.load_state(state["adapters"][attachment.name])
-        # A copy of the row: torch crashes on a state that is a view into other ones.
-        own = {name: rows[min(process, len(rows) - 1)].clone() for name, rows in states.items()}
-        _restore_random(state["random"], own)
-    except (SafetensorError, KeyError, TypeError) as cause:
-        raise RecipeError(f"the checkpoint {folder} does not fit this run: {cause}") from cause
+    _restore_random(state["random"], {name: _own_row(rows, process) for name, rows in states.items()})
 
 
-def _restore_schedule(schedule: LRScheduler, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Where it stood; but the rates themselves are the recipe's, so that a changed one is not silently the old one."""
+def _check_optimizer(
+    folder: Path, state: Mapping[str, Any], optimizer: Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    kind, here = state["optimizer"]["kind"], type(optimizer).__name__
+    if kind != here:
+        raise RecipeError(f"{folder} has the state of {brief(kind)}, and the recipe asks for {here}: start another run")
+    try:
+        optimizer_state.check(optimizer, tensors, state["optimizer"]["values"], state["progress"]["step"])
+    except RecipeError as cause:
+        raise RecipeError(f"{folder / OPTIMIZER} does not fit this run: {cause}") from None
+
+
+def _check_scaler(path: Path, stored: Mapping[str, Any], scaler: torch.amp.GradScaler) -> None:
+    live = scaler.state_dict()
+    constants = ("growth_factor", "backoff_factor", "growth_interval")
+    if stored.keys() != live.keys() or any(stored.get(name) != live.get(name) for name in constants):
+        raise RecipeError(f"{path} does not fit this run: scaler is {brief(stored)}, and here it is {brief(live)}")
+
+
+def _check_random(path: Path, states: Mapping[str, Tensor], processes: int) -> None:
+    """torch trusts what it is given in part, and has no way back: so the live generators come last."""
+    live = _torch_states()
+    if "cpu" not in states or not states.keys() <= {"cpu", "cuda"}:
+        raise RecipeError(f"{path} has the states of {brief(sorted(states))}, and must have those of cpu, and of cuda")
+    for name, rows in states.items():
+        length = live[name].numel() if name in live else rows.shape[-1] if rows.dim() else 0
+        if rows.dtype != torch.uint8 or tuple(rows.shape) != (processes, length):
+            raise RecipeError(
+                f"{path}: {name} is {list(rows.shape)} of {str(rows.dtype).removeprefix('torch.')}, and must be "
+                f"{[processes, length]} of uint8: a row for each process"
+            )
+        for row in range(processes if name in live else 0):
+            try:
+                torch.Generator(name).set_state(_own_row(rows, row))
+            except RuntimeError as cause:
+                raise RecipeError(f"{path}: {name} is no state of a generator: {str(cause)[:200]}") from None
+
+
+def _own_row(rows: Tensor, process: int) -> Tensor:
+    """A copy: torch crashes on a state that is a view into other ones."""
+    return rows[min(process, len(rows) - 1)].clone()
+
+
+def _check_adapters(path: Path, stored: Mapping[str, Any], stack: Stack) -> None:
+    names = [attachment.name for attachment in stack.attachments]
+    if stored.keys() != set(names):
+        raise RecipeError(f"{path} has the state of {brief(sorted(stored))}, and the stack is {brief(names)}")
+
+
+def _load_own_state(path: Path, attachment: Attachment, state: Mapping[str, Any]) -> None:
+    """What it holds is the adapter's affair, and may be a plugin's: whatever it finds wrong is one message."""
+    try:
+        attachment.load_state(state)
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as cause:
+        raise RecipeError(
+            f"{path}: the state of {attachment.name} does not fit this run: {type(cause).__name__}: {str(cause)[:200]}"
+        ) from cause
+
+
+def _restore_schedule(schedule: LRScheduler, optimizer: Optimizer, step: int) -> None:
+    """Where it stood after a step; the rates are the recipe's, so that a changed one is not silently the old one."""
     assert isinstance(schedule, LambdaLR)  # all of transformers' are that `schedule` may name
-    schedule.load_state_dict({**state, "base_lrs": schedule.base_lrs})
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_step_count": step + 1})
     rates = [b * factor(schedule.last_epoch) for b, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule._last_lr = rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -171,47 +230,6 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         _restore_random(own, states)
-
-
-def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors and plain values, both keyed by tensor name and path within its state.
-
-    bitsandbytes nests its quantised state one level deeper and shares look-up tables between tensors; safetensors
-    wants flat names and tensors of their own.
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-
-    def visit(path: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            tensors[path] = value.detach().clone().contiguous()
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{path}/{key}", inner)
-        else:
-            values[path] = value
-
-    order = _names_in_order(optimizer)
-    for index, state in optimizer.state_dict()["state"].items():
-        visit(order[index], state)
-    return tensors, values
-
-
-def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    index_of = {name: index for index, name in enumerate(_names_in_order(optimizer))}
-    for path, value in (*tensors.items(), *values.items()):
-        name, *keys = path.split("/")
-        place: dict[str, Any] = state.setdefault(index_of[name], {})
-        for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        place[keys[-1]] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _names_in_order(optimizer: Optimizer) -> list[str]:
-    """Names in the order in which the optimiser numbers its tensors: group by group."""
-    return [name for group in optimizer.param_groups for name in group["names"]]
 
 
 def _numpy_state() -> list[Any]:

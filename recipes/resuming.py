@@ -76,21 +76,35 @@ def go_on(session: Session, facts: Mapping[str, Any], *, changed: Sequence[str],
 def _usable(session: Session) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint that is as it was written, with what it says; damaged ones are named."""
     for checkpoint in session.folder.newest_first():
-        fault = _fault(session.folder, checkpoint)
+        fault = damage(checkpoint)
         if fault is None:
-            return checkpoint, read_state(checkpoint)
+            state = read_state(checkpoint, session.stack)
+            _check_progress(session, checkpoint, state["progress"])
+            fault = _fault_of_best(session.folder, state["progress"]["selection"]["step"])
+            if fault is None:
+                return checkpoint, state
         aside = session.folder.set_aside(checkpoint).name
         session.display.line("damaged", f"{checkpoint}: {fault}; set aside as {aside}, the one before it is used")
     return None, {}
 
 
-def _fault(folder: RunFolder, checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or with the best adapter so far, which a run that goes on from it needs."""
-    if fault := damage(checkpoint):
-        return fault
-    best = read_state(checkpoint)["progress"]["selection"]["step"]
-    fault = damage(folder.best(best)) if best is not None else None
-    return f"it needs {folder.best(best).name}, and there {fault}" if fault else None
+def _check_progress(session: Session, checkpoint: Path, progress: Mapping[str, Any]) -> None:
+    """What it says must be true of a checkpoint by that name, and of the recipe.
+
+    Raises:
+        RecipeError: it is not, although its checksums hold: somebody made it so.
+    """
+    if checkpoint != session.folder.checkpoint(progress["step"]):
+        raise RecipeError(f"{checkpoint} says that it was written after step {progress['step']}")
+    selection, metric = progress["selection"], session.selection.metric
+    if metric and selection["step"] is not None and metric not in selection["scores"]:
+        raise RecipeError(f"{checkpoint} has no score {metric!r} of step {selection['step']}, which it says was best")
+
+
+def _fault_of_best(folder: RunFolder, step: int | None) -> str | None:
+    """What is wrong with the best adapter so far, which a run that goes on needs."""
+    fault = damage(folder.best(step)) if step is not None else None
+    return f"it needs {folder.best(step).name}, and there {fault}" if fault and step is not None else None
 
 
 def _other_content(checkpoint: Path, base: Fingerprint, facts: Mapping[str, Any]) -> list[str]:

@@ -293,7 +293,6 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
                 stack=s.stack,
                 save_adapter=s.save_adapter,
                 optimizer=s.optimizer,
-                schedule=s.schedule,
                 scaler=s.scaler,
                 states=states,
                 progress=progress or s.progress(),
