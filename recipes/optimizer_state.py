@@ -83,7 +83,8 @@ def _faults(
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
     stored: dict[str, dict[str, Tensor | int]] = {}
-    for path, value in (*tensors.items(), *values.items()):
+    entries: list[tuple[str, Tensor | int]] = [*tensors.items(), *values.items()]
+    for path, value in entries:
         name, _, key = path.partition("/")
         stored.setdefault(name, {})[key] = value
     for name, state in stored.items():

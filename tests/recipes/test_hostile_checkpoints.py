@@ -108,7 +108,9 @@ def _tensors(file: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     def spoil(folder: Path) -> None:
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
         (folder / file).unlink()
-        save_file({k: t.contiguous() for k, t in change(tensors).items()}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {k: t.clone().contiguous() for k, t in change(tensors).items()}, folder / file, metadata={"format": "pt"}
+        )
 
     return spoil
 
@@ -172,16 +174,15 @@ SEALED: dict[str, tuple[Spoil, str]] = {
     "waited too long": (_put("progress.selection.waited", 99), "99 evaluations were waited for"),
     "environment is a list": (_put("environment", [1]), "'environment': "),
     "environment without a version": (_drop("environment.torch"), "'environment.torch': this key is needed"),
-    "a version that is an object": (_put("environment.peft", {}), "'environment.peft': "),
+    "a version that is an object": (_put("environment.peft", {}), "'environment.peft"),
     "no process": (_put("environment.processes", 0), "'environment.processes': "),
-    "more processes than random states": (_put("environment.processes", 2), "and must be [2, "),
     "an unknown key": (_put("import", MODULE), "'import': unknown key"),
     "an unknown key inside": (_put("progress.module", MODULE), "'progress.module': unknown key"),
-    "another optimiser": (_put("optimizer.kind", MODULE), f"has the state of '{MODULE}', and the recipe asks for AdamW"),
+    "another optimiser": (_put("optimizer.kind", MODULE), f"'{MODULE}', and the recipe asks for AdamW"),
     "a value that the optimiser has not": (_put("optimizer.values", {"a/b": 1}), "it has a state of 'a', and the run"),
     "values as text": (_put("optimizer.values", {"a/b": "1"}), "'optimizer.values.a/b': "),
     "scaling where nothing is scaled": (
-        _put("scaler", {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9} | {"_growth_tracker": 0}),
+        _put("scaler", torch.amp.GradScaler("cpu").state_dict()),
         "and here it is {}",
     ),
     "another adapter": (_put("adapters", {"other": {}}), "has the state of ['other'], and the stack is ['lora']"),
@@ -211,15 +212,15 @@ SEALED: dict[str, tuple[Spoil, str]] = {
     "a count between two": (_moments("/step", _with(1.5)), "/step is 1.5, and the run did 4 steps"),
     "moments of which one is missing": (
         _tensors(OPTIMIZER, lambda t: {k: v for k, v in t.items() if not k.endswith("exp_avg")}),
-        "has exp_avg_sq, step, and AdamW keeps 'exp_avg, exp_avg_sq, step'",
+        "has 'exp_avg_sq, step', and AdamW keeps 'exp_avg, exp_avg_sq, step'",
     ),
     "moments of a stranger": (_tensors(OPTIMIZER, lambda t: t | {"a/exp_avg": torch.ones(1)}), "it has a state of 'a'"),
     "moments without a path": (_tensors(OPTIMIZER, lambda t: {"": torch.ones(1)}), "it has a state of ''"),
     "moments that lie": (_lie, "optimizer.safetensors is damaged"),
-    "moments that are a pickle": (_bytes(OPTIMIZER, pickle.dumps(Payload(Path("x")))), "optimizer.safetensors is damaged"),
+    "moments that are a pickle": (_bytes(OPTIMIZER, pickle.dumps(Payload(Path("x")))), "tensors is damaged"),
     "no random states": (_tensors(RANDOM, lambda t: {}), "has the states of [], and must have those of cpu"),
     "random states of a stranger": (_tensors(RANDOM, lambda t: t | {"mps": t["cpu"]}), "['cpu', 'mps'], and must"),
-    "random states too short": (_tensors(RANDOM, lambda t: {"cpu": t["cpu"][:, :9]}), "cpu is [1, 9] of uint8, and must"),
+    "random states too short": (_tensors(RANDOM, lambda t: {"cpu": t["cpu"][:, :9]}), "cpu is [1, 9] of uint8"),
     "random states of no process": (_tensors(RANDOM, lambda t: {"cpu": t["cpu"][:0]}), "cpu is [0, "),
     "random states of one number": (_tensors(RANDOM, lambda t: {"cpu": t["cpu"][0, 0]}), "cpu is [] of uint8"),
     "random states of floats": (_tensors(RANDOM, lambda t: {"cpu": t["cpu"].float()}), "of float32, and must be"),
@@ -258,3 +259,138 @@ def _newest(tmp_path: Path) -> Path:
 def _again(to: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(to, tmp_path / "run", symlinks=True)
+
+
+def _judge(spoil: Spoil, told: str, stopped: Path, onegpu: Command, folder_bytes: Bytes) -> str | None:
+    """What is wrong with how a resumed run answered to a checkpoint that was spoilt and sealed again."""
+    run = stopped.parent / "run"
+    spoil(newest := _newest(stopped.parent))
+    seal(newest if newest.is_dir() else _newest(stopped.parent))
+    before = folder_bytes(run)
+    code, out, err = onegpu("run", str(stopped), "-o", str(run), "--resume")
+    message = err.rpartition("\nonegpu: ")[2] or err
+    if code != 2 or told not in message or "Traceback" in err or len(message) > 1500:
+        return f"exit {code}: {err[-1500:]}"
+    if "resumed" in out or "damaged" in out.replace("is damaged", ""):
+        return out
+    return None if folder_bytes(run) == before else "the folder of the run changed"
+
+
+def test_what_was_sealed_again_is_one_message_and_nothing_is_restored(
+    stopped: Path, onegpu: Command, folder_bytes: Bytes, audit: Callable[[], Any], tmp_path: Path
+) -> None:
+    (tmp_path / f"{MODULE}.py").write_text("raise SystemExit(9)\n")
+    shutil.copytree(tmp_path / "run", tmp_path / "good")
+    wrong = {}
+    with pytest.MonkeyPatch.context() as patch, audit() as events:
+        patch.syspath_prepend(tmp_path)
+        for name, (spoil, told) in SEALED.items():
+            _again(tmp_path / "good", tmp_path)
+            if fault := _judge(spoil, told, stopped, onegpu, folder_bytes):
+                wrong[name] = fault
+    assert not wrong, json.dumps(wrong, indent=1)
+    assert any("state.json" in event for event in events)  # it did listen
+    assert not [e for e in events if MODULE in e or e.startswith(("subprocess", "os.", "socket", "pickle"))]
+
+
+def test_the_checkpoint_that_was_spoilt_is_one_to_resume_from(stopped: Path, onegpu: Command, tmp_path: Path) -> None:
+    seal(_newest(tmp_path))
+    code, out, err = onegpu("run", str(stopped), "-o", str(tmp_path / "run"), "--resume")
+    assert (code, "after step 4" in out) == (0, True), err
+
+
+def _pickle_everywhere(folder: Path) -> None:
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "adapter/adapter_model.bin"):
+        (folder / name).write_bytes(pickle.dumps(Payload(folder.parents[2] / "executed")))
+
+
+def _link(name: str) -> Spoil:
+    """The same bytes, by a link to what lies outside."""
+
+    def spoil(folder: Path) -> None:
+        outside = folder.parents[2] / f"outside-{Path(name).name}"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
+
+    return spoil
+
+
+def _pipe(name: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+# What was changed after the folder was sealed, and what is told of it.
+DAMAGED: dict[str, tuple[Spoil, str]] = {
+    "pickles beside": (_pickle_everywhere, "adapter/adapter_model.bin does not belong there"),
+    "a pickle as optimiser": (_bytes(OPTIMIZER, pickle.dumps(Payload(Path("x")))), "has other bytes"),
+    "a linked file": (_link("adapter/adapter_config.json"), "adapter/adapter_config.json is a link"),
+    "a linked folder": (_link("adapter"), "adapter is a link"),
+    "linked checksums": (_link("checksums.json"), "checksums.json is a link"),
+    "a link to nowhere": (lambda folder: (folder / "x").symlink_to("/nowhere"), "x is a link"),
+    "a pipe as checksums": (_pipe("checksums.json"), "checksums.json is not a file"),
+    "a pipe as state": (_pipe(STATE), "state.json is not a file"),
+    "a pipe beside": (_pipe("x"), "x is not a file"),
+    "a folder as checksums": (
+        lambda folder: ((folder / "checksums.json").unlink(), (folder / "checksums.json").mkdir()),
+        "checksums.json is damaged",
+    ),
+    "checksums that are deep": (_bytes("checksums.json", b'{"a":' * 9999), "checksums.json is damaged"),
+    "checksums that are a list": (_bytes("checksums.json", b"[]"), "checksums.json is damaged"),
+    "checksums given twice": (_bytes("checksums.json", b'{"a": 1, "a": 2}'), "checksums.json is damaged"),
+    "large checksums": (_bytes("checksums.json", b'{"a": "' + b"x" * LARGEST + b'"}'), "checksums.json is damaged"),
+    "checksums that move the cursor": (_bytes("checksums.json", b'{"\\u001b[2J": "a"}'), "\\x1b[2J is missing"),
+    "a long name": (_bytes("checksums.json", b'{"' + b"x" * 10**6 + b'": "a"}'), "xxx"),
+}  # fmt: skip
+
+
+def test_what_was_damaged_or_leads_out_is_passed_over(
+    stopped: Path, onegpu: Command, audit: Callable[[], Any], tmp_path: Path
+) -> None:
+    shutil.copytree(tmp_path / "run", tmp_path / "good")
+    for name, (spoil, told) in DAMAGED.items():
+        _again(tmp_path / "good", tmp_path)
+        spoil(_newest(tmp_path))
+        with audit() as events:
+            found = damage(_newest(tmp_path))
+        assert found is not None, name
+        assert told in found, (name, found)
+        assert len(found) < 700, name
+        assert not [event for event in events if "outside-" in event], name
+    code, out, err = onegpu("run", str(stopped), "-o", str(tmp_path / "run"), "--resume")
+    assert code == 0, err
+    assert "set aside as damaged-000004" in out
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_linked_checkpoint_is_damaged(stopped: Path, tmp_path: Path) -> None:
+    shutil.move(_newest(tmp_path), tmp_path / "outside")
+    (tmp_path / "run/checkpoints/step-000004").symlink_to(tmp_path / "outside")
+    assert damage(_newest(tmp_path)) == "it is a link"
+
+
+EIGHT_BITS: dict[str, tuple[Spoil, str]] = {
+    "a state of floats": (_moments("/state1", Tensor.float), "of float32, and must be"),
+    "a table that is short": (_moments("/qmap1", lambda t: t[:9]), "qmap1 is [9] of float32, and must be [256]"),
+    "a scale without bound": (_moments("/absmax1", _with(float("inf"))), "values that are not finite"),
+    "a scale of squares below zero": (_moments("/absmax2", _with(-1.0)), "has negative values"),
+    "a step below one": (
+        _state(lambda s: s["optimizer"]["values"].update(dict.fromkeys(s["optimizer"]["values"], 0))),
+        "/step is 0, and the run did 4 steps",
+    ),
+    "no steps": (_put("optimizer.values", {}), ", and AdamW8bit keeps"),
+}
+
+
+def test_the_8_bit_state_is_held_against_its_tensors(
+    chat_recipe: Callable[..., Loaded], onegpu: Command, folder_bytes: Bytes, tmp_path: Path
+) -> None:
+    train = {"steps": 6, "checkpoint_every": 2, "optimizer": "adamw-8bit"}
+    stopped = _stopped(chat_recipe([{"lora": {"rank": 64}}], train=train), onegpu, tmp_path)
+    shutil.copytree(tmp_path / "run", tmp_path / "good")
+    for name, (spoil, told) in EIGHT_BITS.items():
+        _again(tmp_path / "good", tmp_path)
+        assert _judge(spoil, told, stopped, onegpu, folder_bytes) is None, name
