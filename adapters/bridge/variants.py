@@ -15,13 +15,15 @@ from safetensors.torch import load as tensors_from_bytes, save as bytes_of
 from torch import Tensor, nn
 
 from ..contract import Attachment, Context
-from ..errors import StackError, TargetError
+from ..errors import ArtefactError, StackError, TargetError, brief
 from ..structure import Layers, head_modules, inside, without_wrappers
 from ..targets import matches
 from .injected import Bridged, Injected, InjectedAttachment
 from .tuner import keeping_what_trains, quiet_peft, seeded
 
 __all__ = ["AdaLoRA", "AdaptionPrompt", "FeatureScales", "Norms", "PeftLoRA", "Poly", "Shadow", "Unbridged"]
+
+SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator keeps of every tensor
 
 
 class AdaLoRA(Injected):
@@ -71,22 +73,50 @@ class AdaLoRAAttachment(InjectedAttachment):
 
     def state(self) -> dict[str, Any]:
         allocator = self._tuner.rankallocator
-        sums = {
-            f"{kind}/{name}": tensor
-            for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")
-            for name, tensor in getattr(allocator, kind).items()
-        }
+        sums = {f"{kind}/{name}": tensor for kind in SUMS for name, tensor in getattr(allocator, kind).items()}
         packed = base64.b64encode(bytes_of({k: t.contiguous() for k, t in sums.items()})).decode() if sums else ""
         return {"rank_pattern": self._config.rank_pattern, "importance": packed}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        allocator = self._tuner.rankallocator
+        """Take what `state` gave.
+
+        Raises:
+            ArtefactError: it is not of this model; nothing was taken.
+        """
+        sums = tensors_from_bytes(base64.b64decode(state["importance"], validate=True)) if state["importance"] else {}
+        allocator, device = self._tuner.rankallocator, next(iter(self.parameters.values())).device
+        part = f".{allocator.adapter_name}"
+        live = {n: p for n, p in self._tuner.model.named_parameters() if "lora_" in n and part in n}
+        _check_ranks(state["rank_pattern"], {n.replace(part, ""): p for n, p in live.items() if ".lora_E" in n})
+        _check_sums(sums, {f"{kind}/{name}": p for kind in SUMS for name, p in live.items()} if sums else {})
         self._config.rank_pattern = state["rank_pattern"]
-        device = next(iter(self.parameters.values())).device
-        sums = tensors_from_bytes(base64.b64decode(state["importance"])) if state["importance"] else {}
         for key, tensor in sums.items():
             kind, _, name = key.partition("/")
             getattr(allocator, kind)[name] = tensor.to(device)
+
+
+def _check_ranks(pattern: Any, live: Mapping[str, Tensor]) -> None:
+    if not pattern and (pattern is None or isinstance(pattern, dict)):
+        return
+    if not isinstance(pattern, dict) or pattern.keys() != live.keys():
+        raise ArtefactError(f"rank_pattern is {brief(pattern)}, and must name the {len(live)} modules of the adapter")
+    for name, kept in pattern.items():
+        if not isinstance(kept, list) or len(kept) != len(live[name]) or not all(type(one) is bool for one in kept):
+            raise ArtefactError(
+                f"rank_pattern of {name} is {brief(kept)}, and must be {len(live[name])} times yes or no"
+            )
+
+
+def _check_sums(sums: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    if strays := sums.keys() ^ live.keys():
+        raise ArtefactError(f"importance: {brief(min(strays))} is on one side only, the checkpoint's or the model's")
+    for key, tensor in sums.items():
+        own = live[key]
+        here, wanted = (list(tensor.shape), tensor.dtype), (list(own.shape), own.dtype)
+        if here != wanted:
+            raise ArtefactError(f"importance: {key} is {here[0]} of {here[1]}, and must be {wanted[0]} of {wanted[1]}")
+        if not torch.isfinite(tensor).all():
+            raise ArtefactError(f"importance: {key} has values that are not finite")
 
 
 class PeftLoRA(Injected):

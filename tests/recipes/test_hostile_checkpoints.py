@@ -4,6 +4,7 @@ Where their checksums do not hold, they are damaged: set aside, and the one befo
 made them so: one message, exit code 2, and the run's folder is as it was.
 """
 
+import base64
 import json
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from onegpu.adapters.untrusted import LARGEST
@@ -394,3 +395,50 @@ def test_the_8_bit_state_is_held_against_its_tensors(
     for name, (spoil, told) in EIGHT_BITS.items():
         _again(tmp_path / "good", tmp_path)
         assert _judge(spoil, told, stopped, onegpu, folder_bytes) is None, name
+
+
+def _sums(change: Callable[[Tensor], Tensor]) -> Spoil:
+    """Change the first of the sums that AdaLoRA keeps of what its tensors were worth."""
+
+    def inside(content: Any) -> None:
+        sums = load(base64.b64decode(content["adapters"]["adalora"]["importance"]))
+        first = min(sums)
+        sums[first] = change(sums[first])
+        content["adapters"]["adalora"]["importance"] = base64.b64encode(save(sums)).decode()
+
+    return _state(inside)
+
+
+def _first_to(content: dict[str, Any], value: Any) -> None:
+    content[min(content)] = value
+
+
+OWN = "adapters.adalora"
+OWN_STATES: dict[str, tuple[Spoil, str]] = {
+    "none": (_put(OWN, {}), "the state of adalora does not fit this run: KeyError"),
+    "no text": (_put(f"{OWN}.importance", 7), "the state of adalora does not fit this run: TypeError"),
+    "no bytes": (_put(f"{OWN}.importance", "%%"), "the state of adalora does not fit this run"),
+    "no tensors": (_put(f"{OWN}.importance", "AAAA"), "the state of adalora does not fit this run"),
+    "ranks of strangers": (_put(f"{OWN}.rank_pattern", {"x": [True]}), "rank_pattern is {'x': [True]}, and must name"),
+    "ranks as text": (_put(f"{OWN}.rank_pattern", "abc"), "rank_pattern is 'abc', and must name"),
+    "ranks as numbers": (
+        _state(lambda s: _first_to(s["adapters"]["adalora"]["rank_pattern"], [1])),
+        "is [1], and must be 4 times yes or no",
+    ),
+    "another shape": (_sums(lambda t: t[:1].clone()), "importance: exp_avg_ipt/"),
+    "no numbers": (_sums(_with(float("nan"))), "has values that are not finite"),
+}  # fmt: skip
+
+
+def test_the_own_state_of_an_adapter_is_held_against_its_tensors(
+    chat_recipe: Callable[..., Loaded], onegpu: Command, folder_bytes: Bytes, tmp_path: Path
+) -> None:
+    adapter = {"adalora": {"total_step": 6, "tfinal": 3, "init_r": 4, "target_r": 2}}
+    stopped = _stopped(chat_recipe([adapter], train={"steps": 6, "checkpoint_every": 2}), onegpu, tmp_path)
+    shutil.copytree(tmp_path / "run", tmp_path / "good")
+    for name, (spoil, told) in OWN_STATES.items():
+        _again(tmp_path / "good", tmp_path)
+        assert _judge(spoil, told, stopped, onegpu, folder_bytes) is None, name
+    _again(tmp_path / "good", tmp_path)
+    code, out, err = onegpu("run", str(stopped), "-o", str(tmp_path / "run"), "--resume")
+    assert (code, "after step 4" in out) == (0, True), err
