@@ -139,13 +139,15 @@ def confirm(stack: Stack, folder: str | Path) -> None:
     """Read a folder that was just written, and compare it with what is live, bit for bit.
 
     Raises:
-        ArtefactError: naming the first tensor that differs.
+        ArtefactError: naming the first tensor that differs, is missing, or belongs to no adapter.
     """
-    saved = read(folder)
-    for name, (tensors, _) in _tensor_files(stack).items():
-        for key, tensor in tensors.items():
-            if not torch.equal(tensor.cpu(), saved.tensors[name][key]):
-                raise ArtefactError(f"{folder}: {key} was not written as it is")
+    written = {f"{name}/{key}": t for name, tensors in read(folder).tensors.items() for key, t in tensors.items()}
+    live = {f"{name}/{key}": t for name, (own, _) in _tensor_files(stack).items() for key, t in own.items()}
+    if faults := tensor_faults(live, written):
+        raise ArtefactError(f"{folder} was not written as it is: {faults[0].removeprefix('./')}")
+    for key, tensor in live.items():
+        if not torch.equal(tensor.cpu(), written[key]):
+            raise ArtefactError(f"{folder}: {key.removeprefix('./')} was not written as it is")
 
 
 def _tensor_files(stack: Stack) -> dict[str, tuple[dict[str, Tensor], Attachment | None]]:

@@ -125,6 +125,7 @@ def _train_and_prove(
     before_training = (session.scores or [{}])[0]
     if accelerator.is_main_process:
         save(folder.unproved_adapter)
+        _confirm(session, folder.unproved_adapter)
     del session, save
     gc.collect()  # the training state goes before a second base comes
     error = 0.0
@@ -248,6 +249,14 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _confirm(session: Session, folder: Path) -> None:
+    """What was written is what was trained, bit for bit: a probe of a few tokens does not use every value."""
+    try:
+        artefact.confirm(session.stack, folder)
+    except OnegpuError as cause:
+        raise ProofFailed(f"round trip: {cause} (kept aside as {folder})") from cause
 
 
 def _prove(job: Job, folder: Path, probe: Probe) -> float:

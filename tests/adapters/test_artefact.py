@@ -633,6 +633,28 @@ def test_what_was_written_is_confirmed_against_what_is_live(
         confirm(stack, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda tensors: tensors.pop(min(tensors)), "is missing"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "more is not expected"),
+        (lambda tensors: tensors.update({min(tensors): torch.zeros(1)}), r"is \(1,\) torch.float32, and"),
+        (lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].half()}), "torch.float16, and"),
+    ],
+)
+def test_what_was_written_with_other_keys_or_shapes_is_named(
+    spoil: Callable[[dict[str, Tensor]], Any], told: str, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    stack = attach(llama, ["lora"])
+    save(stack, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ArtefactError, match=rf"was not written as it is: .*{told}"):
+        confirm(stack, tmp_path / "adapter")
+
+
 def test_the_path_of_the_base_may_be_edited_for_peft(llama: PreTrainedModel, tmp_path: Path) -> None:
     stack = attach(llama, ["lora"])
     save(stack, tmp_path / "adapter")

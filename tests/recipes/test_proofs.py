@@ -170,6 +170,22 @@ def test_what_was_saved_wrongly_is_kept_aside_and_named(
     assert not (tmp_path / "out/adapter").exists()
 
 
+def test_what_no_token_of_the_probe_uses_is_read_back_too(
+    chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def zeroed(path: Path) -> None:
+        path = path.parent / "trainable-tokens" / path.name
+        save_file(
+            {key: torch.zeros_like(rows) for key, rows in load_file(path).items()}, path, metadata={"format": "pt"}
+        )
+
+    _tampering(monkeypatch, zeroed)
+    stack = [{"lora": {"rank": 4}}, {"trainable-tokens": {"tokens": ["~"]}}]
+    told = _failure(run, chat_recipe(stack, train={"checkpoint_every": None}))
+    assert "was not written as it is" in told
+    assert told.endswith(f"(kept aside as {tmp_path / 'out/adapter-unproved'})")
+
+
 def test_the_measured_error_of_the_round_trip_is_in_the_manifest(chat_recipe: Recipe, run: Run) -> None:
     outcome = run(chat_recipe())
     probe = json.loads((outcome.adapter / "manifest.json").read_text("utf-8"))["run"]["probe"]
