@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from onegpu.adapters import DataError, RecipeError
+
 from .contract import RowProblem
 from .conversations import render
 from .texts import around
 
-__all__ = ["begin_token", "refuse_second_beginning"]
+__all__ = ["begin_token", "check_begins", "refuse_second_beginning"]
 
 SAMPLE = [
     {"role": "user", "content": "a"},
@@ -36,6 +38,25 @@ def _repeats(tokenizer: Any, begin: int) -> bool:
         return render(tokenizer, SAMPLE).count(begin) > 1
     except RowProblem:  # a template that refuses the sample is judged by the rows
         return False
+
+
+def check_begins(tokenizer: Any) -> None:
+    """Check that a chat template begins a conversation as the tokenizer begins any other text.
+
+    Raises:
+        RecipeError: it leaves the beginning out, and the base has seen no text without one.
+    """
+    try:
+        begin = begin_token(tokenizer)
+        left_out = begin is not None and render(tokenizer, SAMPLE)[:1] != [begin]
+    except (RowProblem, DataError):  # what a template refuses is told of the row that it refuses
+        return
+    if left_out:
+        token = tokenizer.convert_ids_to_tokens(begin)
+        raise RecipeError(
+            f"the tokenizer of the base begins texts with {token!r}, and its chat template leaves that out: use a "
+            "copy of the base whose chat template begins with {{ bos_token }}"
+        )
 
 
 def refuse_second_beginning(sequences: Iterable[Sequence[int]], begin: int | None, tokenizer: Any) -> None:

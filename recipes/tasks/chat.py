@@ -21,6 +21,7 @@ from torch import nn
 from onegpu.adapters import DataError
 
 from .answering import generate_texts
+from .beginnings import check_begins
 from .causal import CausalTask, answerable_examples, pieces
 from .contract import IGNORED, Example, Reader, Row, TooLong
 from .conversations import (
@@ -57,6 +58,7 @@ class Chat(CausalTask):
     def check(self, reader: Reader) -> None:
         """Conversations are rendered by the chat template of the base."""
         check_says_all(reader.tokenizer)
+        check_begins(reader.tokenizer)
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         talk = read_conversation(row)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .answering import generate_texts
+from .beginnings import check_begins
 from .causal import CausalTask, answerable_examples, pieces
 from .contract import IGNORED, Example, Reader, Row, TooLong
 from .conversations import Conversation, assistant_spans, check_says_all
@@ -41,6 +42,7 @@ class Completion(CausalTask):
         """With `chat`, prompts are rendered by the chat template of the base."""
         if self.chat:
             check_says_all(reader.tokenizer)
+            check_begins(reader.tokenizer)
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         said = read_text(row, "completion")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from statistics import fmean
 
+from .beginnings import check_begins
 from .contract import IGNORED, Batch, Example, Reader, Row, RowProblem, TooLong, padded
 from .conversations import Conversation, Message, assistant_spans, check_template, common_length, read_conversation
 from .lengths import refuse_too_long
@@ -187,7 +188,10 @@ def _turns(prompt: Sequence[Message], completion: Conversation, reader: Reader) 
     labels, stop = [IGNORED] * len(ids), spans[-1][1]
     for start, end in spans:
         labels[start:end] = ids[start:end]
-    return Continued(ids[:stop], labels[:stop], spans[0][0], int(ids[:1] == [reader.tokenizer.bos_token_id]))
+    begins = ids[:1] == [reader.tokenizer.bos_token_id]
+    if not begins:
+        check_begins(reader.tokenizer)
+    return Continued(ids[:stop], labels[:stop], spans[0][0], int(begins))
 
 
 def fitted(sequences: Sequence[Continued], reader: Reader, policy: TooLong) -> tuple[Sequence[Continued], int]:

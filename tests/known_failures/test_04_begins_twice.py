@@ -17,7 +17,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from onegpu.adapters import DataError
+from onegpu.adapters import DataError, RecipeError
 from onegpu.recipes import Loaded, Outcome, preflight
 from onegpu.recipes.chatting import open_chat
 
@@ -83,3 +83,8 @@ def _listening(asked: list[list[int]]) -> Any:
 def test_a_template_that_writes_it_twice_is_refused(base: Callable[[str], Path], recipe: Recipe) -> None:
     with pytest.raises(DataError, match="begins with '<s>' twice: mend the chat template"):
         preflight(recipe(base=base("{{ bos_token }}" + TEMPLATE)))
+
+
+def test_a_template_without_the_beginning_is_refused(base: Callable[[str], Path], recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="begins texts with '<s>', and its chat template leaves that out"):
+        preflight(recipe(base=base(TEMPLATE.removeprefix("{{ bos_token }}"))))

@@ -19,6 +19,7 @@ from onegpu.recipes.tasks.beginnings import begin_token, refuse_second_beginning
 from onegpu.recipes.tasks.chat import Chat, answer
 from onegpu.recipes.tasks.completion import Completion
 from onegpu.recipes.tasks.conversations import check_says_all
+from onegpu.recipes.tasks.preference import Preference
 
 START = 0
 ONCE = (  # as Llama 3 has it: the beginning of the whole conversation, in the template
@@ -106,6 +107,29 @@ def test_a_row_that_holds_the_begin_token_as_text_is_listed(
     ((reason, places),) = dataset.dropped.items()
     assert "with which a text begins" in reason
     assert places == ["these.jsonl:8"]
+
+
+def test_a_template_that_leaves_the_beginning_out_is_refused(beginning: Reader) -> None:
+    Chat(data="d").check(beginning)
+    beginning.tokenizer.chat_template = ONCE.removeprefix("{{ bos_token }}")
+    told = r"begins texts with '<\|im_start\|>', and its chat template leaves that out"
+    for task in (Chat(data="d"), Completion(data="d", chat=True)):
+        with pytest.raises(RecipeError, match=told):
+            task.check(beginning)
+    said = {which: [{"role": "assistant", "content": which}] for which in ("chosen", "rejected")}
+    pair = {"prompt": _talk("Hi")["messages"]} | said
+    with pytest.raises(RecipeError, match=told):
+        Preference(data="d").encode(0, pair, beginning)
+    texts = {"prompt": "Hi ", "chosen": "you", "rejected": "no"}
+    (example,) = Preference(data="d").encode(0, texts, beginning)  # uses no template
+    assert example.ids[0] == START
+    Completion(data="d").check(beginning)
+
+
+def test_where_nothing_begins_texts_a_template_need_not(reader: Reader) -> None:
+    tokenizer = copy.deepcopy(reader.tokenizer)
+    tokenizer.chat_template = ONCE.removeprefix("{{ bos_token }}")
+    Chat(data="d").check(replace(reader, tokenizer=tokenizer))
 
 
 # --- everything said, and not everything supervised -------------------------------------------------------------------
