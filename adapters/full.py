@@ -16,13 +16,5 @@ class Full(BaseTraining):
 
     api = 1
 
-    def attach(self, model: nn.Module, context: Context) -> "FullAttachment":
-        return FullAttachment(context.name, self, model, body(model))
-
-
-class FullAttachment(BaseTrainingAttachment):
-    """All of the base, at every step."""
-
-    def may_rest(self) -> frozenset[str]:
-        """Some tensors of a whole model have no gradient of their own: key biases, rows of unseen tokens."""
-        return frozenset(self.parameters)
+    def attach(self, model: nn.Module, context: Context) -> BaseTrainingAttachment:
+        return BaseTrainingAttachment(context.name, self, model, body(model))

@@ -93,5 +93,6 @@ class LISAAttachment(BaseTrainingAttachment):
                 parameter.grad = None
 
     def may_rest(self) -> frozenset[str]:
-        """The layers that were not drawn."""
-        return frozenset(name for name, parameter in self.parameters.items() if not parameter.requires_grad)
+        """Also the layers that were not drawn."""
+        undrawn = frozenset(name for name, parameter in self.parameters.items() if not parameter.requires_grad)
+        return undrawn | super().may_rest()

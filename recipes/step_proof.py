@@ -16,7 +16,7 @@ __all__ = ["StepProof", "declared_trainable"]
 
 JUDGED_STEPS = 3
 LISTED = 3  # modules
-SMALL = 2**16  # elements
+WATCHED = 2**16  # elements of a tensor that are compared before and after a step
 NO_GRADIENT = "had no gradient"
 
 
@@ -39,9 +39,10 @@ class StepProof:
     judged: int = 0  # of these, those from the first on in which not everything rested
     proved: set[str] = field(default_factory=set)
     suspects: dict[str, str] = field(default_factory=dict)
-    _before: dict[str, Tensor] = field(default_factory=dict)
+    _before: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # numbers of rows, and what they held
     _from_loss: set[str] = field(default_factory=set)
     _had_gradient: dict[str, str] = field(default_factory=dict)  # what was wrong with it; nothing for a good one
+    _resting: frozenset[str] = frozenset()  # in this step
     _judged: bool = False
     _flow: GradientFlow | None = None
     _shared: SharedTensors | None = None
@@ -98,11 +99,14 @@ class StepProof:
         floors = {name: floor for a in self.stack.attachments for name, floor in a.gradient_floors().items()}
         for name, parameter in self.stack.trainable().items():
             lack = self._lack(name, parameter, floors.get(name, 0.0))
-            # No copy is kept of a whole base, of which each tensor may rest: its small ones answer for it.
-            if name not in self.proved and (name not in resting or (not lack and parameter.numel() <= SMALL)):
-                self._before[name] = parameter.detach().clone()
-                self._had_gradient[name] = lack
-        self.judged += bool(self._before or self.proved)
+            if name in self.proved or (lack and name in resting):
+                continue
+            self._had_gradient[name] = lack
+            if not lack:
+                rows = _strongest(parameter)
+                self._before[name] = rows, _rows(parameter)[rows]
+        self._resting = resting
+        self.judged += bool(self._had_gradient or self.proved)
 
     def _lack(self, name: str, parameter: nn.Parameter, floor: float) -> str:
         """What is wrong with a gradient; nothing where it is as it should be."""
@@ -120,15 +124,17 @@ class StepProof:
             ProofFailed: after the last judged step, a tensor never had a gradient, or never moved.
         """
         trainable = self.stack.trainable()
-        for name, before in self._before.items():
-            if lack := self._had_gradient[name]:
+        for name, lack in self._had_gradient.items():
+            if lack:
                 self.suspects.setdefault(name, lack)
-            elif torch.equal(before, trainable[name]):
-                self.suspects[name] = "had a gradient and did not move"
-            else:
+                continue
+            rows, before = self._before[name]
+            if not torch.equal(before, _rows(trainable[name])[rows]):
                 self.proved.add(name)
                 self.suspects.pop(name, None)
-        self._before = {}
+            elif name not in self._resting:
+                self.suspects[name] = "had a gradient and did not move"
+        self._before, self._had_gradient = {}, {}
         if not self.pending:
             self._judge()
 
@@ -224,3 +230,16 @@ def _more(found: Sequence[str]) -> str:
 
 def _any(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor as rows, (rows, last dimension)."""
+    return tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+
+
+def _strongest(parameter: nn.Parameter) -> Tensor:
+    """Numbers of the rows with the largest gradients; all of a small tensor. No copy fits beside a whole base."""
+    assert parameter.grad is not None
+    rows = _rows(parameter.grad)
+    count = min(len(rows), max(1, WATCHED // rows.shape[1]))
+    return torch.linalg.vector_norm(rows, ord=torch.inf, dim=1).topk(count).indices

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,34 @@ def test_a_packed_base_and_a_second_trainer_are_refused(fresh: Fresh, kind: str)
 def test_there_is_nothing_to_merge(llama: PreTrainedModel, kind: str) -> None:
     with pytest.raises(StackError, match="cannot be merged into the base: it trains the base's own weights"):
         attach(llama, [kind]).attachments[0].merge()
+
+
+@pytest.mark.parametrize("kind", ["full", {"lisa": {"active": 2}}], ids=str)
+def test_only_what_did_not_run_in_a_step_may_rest_in_it(fresh: Fresh, run: Run, kind: Any) -> None:
+    model = fresh("plain")
+    layers = model.get_submodule("model.layers")
+    first, both = layers[:1], layers
+    stack = attach(model, [kind])
+    (attachment,) = stack.attachments
+    assert attachment.may_rest() == frozenset()
+    for step, chosen in enumerate((both, first, both)):
+        attachment.before_step(step)
+        model.get_submodule("model").layers = chosen
+        run(model)
+        idle = {name for name in stack.trainable() if name.startswith("model.layers.1.")} if chosen is first else set()
+        assert attachment.may_rest() == idle
+    stack.detach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["full", {"lisa": {"active": 2}}], ids=str)
+def test_key_biases_may_rest_as_softmax_ignores_them(fresh: Fresh, kind: Any) -> None:
+    model = fresh("bert")
+    (attachment,) = attach(model, [kind]).attachments
+    attachment.before_step(0)
+    model(input_ids=torch.tensor([[5, 9, 7, 3]])).logits[0, 0].backward()
+    resting = attachment.may_rest()
+    assert {name.split("encoder.layer.")[-1] for name in resting} == {f"{n}.attention.self.key.bias" for n in (0, 1)}
+    norms = {name: p.grad.norm().item() for name, p in attachment.parameters.items() if p.grad is not None}
+    assert norms.keys() == attachment.parameters.keys()
+    assert max(norms[name] for name in resting) < 1e-6 < min(n for name, n in norms.items() if name not in resting)

@@ -73,8 +73,3 @@ def test_training_moves_the_base_and_detaching_only_freezes_it(
     assert not torch.equal(trained, before)
     assert torch.equal(run(model), trained)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_any_tensor_may_rest(llama: PreTrainedModel) -> None:
-    stack = attach(llama, ["full"])
-    assert stack.attachments[0].may_rest() == stack.trainable().keys()

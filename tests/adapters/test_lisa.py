@@ -138,6 +138,7 @@ def test_layers_that_were_not_drawn_may_rest_and_lose_a_stale_gradient(deep: Lla
     step = next(s for s in range(1, 50) if not lisa.drawn(LAYERS, 0, s) & lisa.drawn(LAYERS, 0, 0))
     deep(input_ids=ids).logits.sum().backward()
     attachment.before_step(step)
+    deep(input_ids=ids)
     resting = attachment.may_rest()
     assert {int(name.split(".")[2]) + 1 for name in resting} == set(range(1, LAYERS + 1)) - lisa.drawn(LAYERS, 0, step)
     assert all(stack.trainable()[name].grad is None for name in resting)

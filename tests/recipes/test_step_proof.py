@@ -16,7 +16,7 @@ from onegpu.adapters.conformance.tiny_models import losses
 from onegpu.adapters.low_rank import LowRankAttachment, LowRankLinear
 from onegpu.adapters.registry import ADAPTERS, entries
 from onegpu.adapters.structure import Wrapper, linears, swap
-from onegpu.recipes import Loaded, Outcome, optimisers, running, training
+from onegpu.recipes import Loaded, Outcome, optimisers, running, step_proof, training
 from onegpu.recipes.step_proof import StepProof
 from onegpu.recipes.training import Session
 
@@ -92,6 +92,47 @@ def test_a_module_whose_output_is_detached_is_named(
     assert told.startswith("step proof: no gradient comes through model.layers.0.mlp: model.layers.0.mlp.")
     assert "had no gradient in 3 steps" in told
     assert told.endswith("; likewise model.layers.1.mlp")
+
+
+@pytest.mark.parametrize("spec", ["full", {"lisa": {"active": 2}}], ids=str)
+def test_a_module_whose_output_is_detached_is_named_where_the_base_trains_itself(
+    spec: Any, chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real: Any = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: real(self, x).detach())
+    told = _failure(run, chat_recipe([spec], train={"steps": 5}), tmp_path)
+    assert told.startswith("step proof: no gradient comes through model.layers.0.mlp: model.layers.0.mlp.")
+    assert "likewise" in told
+    assert "model.layers.1.mlp" in told
+
+
+def test_of_a_large_tensor_what_has_a_gradient_is_seen_to_move_or_not(
+    chat_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_proof, "WATCHED", 32)  # one row of the embeddings
+    stack = attach(load_base(str(chat_base), precision="fp32"), ["full"])
+    optimizer = torch.optim.SGD(stack.trainable().values(), lr=0.1)
+    table = "model.embed_tokens.weight"
+
+    def steps(stuck: bool) -> StepProof:
+        proof = StepProof(stack, optimizer)
+        for step in range(3):
+            stack.attachments[0].before_step(step)
+            proof.before_loss()
+            ids = torch.tensor([[200, 201, 202, 203]])  # only these rows have a gradient
+            stack.model(input_ids=ids, labels=ids).loss.backward()
+            proof.after_loss()
+            proof.before_step(0.1)
+            if stuck:
+                stack.trainable()[table].grad = None
+            optimizer.step()
+            proof.after_step()
+            optimizer.zero_grad()
+        return proof
+
+    assert steps(stuck=False).proved == stack.trainable().keys()
+    with pytest.raises(ProofFailed, match=f"{table} had a gradient and did not move in 3 steps"):
+        steps(stuck=True)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj"])
