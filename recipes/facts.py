@@ -9,7 +9,7 @@ from onegpu.adapters import ArtefactError
 from onegpu.adapters.manifest import Manifest
 from onegpu.adapters.validation import faults
 
-from .teachers import tokenizer_digest
+from .tokenizers import tokenizer_digest
 
 __all__ = ["Facts", "check_tokenizer", "facts_of"]
 
@@ -40,11 +40,11 @@ def facts_of(folder: str | Path, manifest: Manifest) -> Facts:
         raise ArtefactError(f"{folder}: its manifest was not written by a run: {'; '.join(texts[:5])}") from None
 
 
-def check_tokenizer(folder: str | Path, facts: Facts, tokenizer: Any, *, allow: bool) -> None:
-    """See that texts become the tokens that an adapter was trained on.
+def check_tokenizer(folder: str | Path, facts: Facts, tokenizer: Any, *, allow: bool) -> list[str]:
+    """See that texts become the tokens that an adapter was trained on; what differs is returned, where allowed.
 
     Raises:
-        ArtefactError: another vocabulary, or another chat template, and that is not allowed.
+        ArtefactError: another vocabulary, chat template or way from a text to tokens, and that is not allowed.
     """
     here = tokenizer_digest(tokenizer)
     changed = [
@@ -52,8 +52,11 @@ def check_tokenizer(folder: str | Path, facts: Facts, tokenizer: Any, *, allow: 
         for kind, digest in sorted((facts.tokenizer or {}).items())
         if here.get(kind) != digest
     ]
-    if changed and not allow:
+    if not changed:
+        return []
+    if not allow:
         raise ArtefactError(
             f"{folder} was trained with another tokenizer than that of this base: {'; '.join(changed[:3])}. Pass "
             "`--allow-base-mismatch` to go on all the same"
         )
+    return [f"values that were trained with another tokenizer: {'; '.join(changed[:3])}"]

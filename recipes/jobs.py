@@ -46,6 +46,7 @@ class Job:
     reader: Reader
     dataset: Dataset
     teacher: Teacher | None
+    tokenizer_mismatch: Sequence[str] = ()  # how that of the adapter that is continued differs, where allowed
 
     @cached_property
     def plan(self) -> Plan:
@@ -131,9 +132,10 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     if gathered is None:
         raise together(found)
     reader = teacher = dataset = None
+    mismatch: Sequence[str] = ()
     with noted(found):
         reader = make_reader(place, loaded, gathered.labels, gathered.class_weights)
-        _check_continued(loaded, reader)
+        mismatch = _check_continued(loaded, reader)
         teacher = find_teacher(loaded, reader, hardware)
     with noted(found), loaded.place("task", loaded.task_name):
         # Tokenising takes its time: not for a recipe that will be written anew.
@@ -146,16 +148,17 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     options, skeleton = fit
     with loaded.place("adapters"):
         targets = count_targets(skeleton, loaded.stack, reader.tokenizer)
-    return Job(loaded, source, place, hardware, options, targets, gathered, reader, dataset, teacher)
+    return Job(loaded, source, place, hardware, options, targets, gathered, reader, dataset, teacher, mismatch)
 
 
-def _check_continued(loaded: Loaded, reader: Reader) -> None:
-    """A saved adapter goes on with the tokens that it was trained with."""
+def _check_continued(loaded: Loaded, reader: Reader) -> list[str]:
+    """A saved adapter goes on with the tokens that it was trained with; what differs is returned, where allowed."""
     folder = loaded.recipe.adapter
-    if folder is not None:
-        with loaded.place("adapter"):
-            facts = facts_of(folder, artefact.read(folder).manifest)
-            check_tokenizer(folder, facts, reader.tokenizer, allow=loaded.allow_base_mismatch)
+    if folder is None:
+        return []
+    with loaded.place("adapter"):
+        facts = facts_of(folder, artefact.read(folder).manifest)
+        return check_tokenizer(folder, facts, reader.tokenizer, allow=loaded.allow_base_mismatch)
 
 
 def target_rows(loaded: Loaded) -> list[Target]:

@@ -33,7 +33,7 @@ from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, target_lines, unusable_lines
 from .tasks import Task, model_inputs
-from .teachers import tokenizer_digest
+from .tokenizers import tokenizer_digest
 from .training import Session, keep_best, train
 
 __all__ = ["Outcome", "run"]
@@ -219,7 +219,7 @@ def _continue_from(job: Job, stack: Stack, folder: str) -> None:
     """Give the stack the values of a saved adapter, whose base and classes must be these."""
     saved = artefact.read(folder)
     mismatch = check_base(saved, stack.root, allow=job.loaded.allow_base_mismatch)
-    stack.base_mismatch = saved.manifest.base_mismatch + mismatch
+    stack.base_mismatch = saved.manifest.base_mismatch + mismatch + list(job.tokenizer_mismatch)
     labels, before = list(job.reader.labels or ()), facts_of(folder, saved.manifest).labels or []
     if before != labels:
         raise RecipeError(f"{folder} was trained on the classes {before}, and these are {labels}")

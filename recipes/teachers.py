@@ -1,10 +1,8 @@
 """The reference model of a run: its own base without the adapters, or a teacher, a trained model beside it."""
 
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +20,9 @@ from .evaluation import Refer, reference
 from .loading import Loaded
 from .runfolder import adapter_folder
 from .tasks import Batch, Labels, Reader, Task
+from .tokenizers import tokenizer_digest
 
-__all__ = ["Teacher", "find_teacher", "referring", "tokenizer_digest"]
+__all__ = ["Teacher", "find_teacher", "referring"]
 
 POSITIONS = "max_position_embeddings"
 
@@ -137,13 +136,3 @@ def referring(
             return task.refer(model, batch)
 
     return refer
-
-
-def tokenizer_digest(tokenizer: Any) -> dict[str, str]:
-    """By which two tokenizers are compared: their vocabularies, and how they write a conversation."""
-
-    def digest(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return {"vocabulary": digest(repr(vocabulary)), "chat_template": digest(str(tokenizer.chat_template))}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from ..tasks.contract import Example
+from ..tokenizers import tokenizer_digest
 from .kept import Facts, Kept, keep
 
 __all__ = ["SUPERVISED", "Examples", "Unusable", "key_parts", "store_examples"]
@@ -108,8 +108,7 @@ def key_parts(
         numbers: which of them this side has.
     """
     return {
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "template": tokenizer.chat_template,
+        "tokenizer": tokenizer_digest(tokenizer),
         "task": task_name,
         "settings": task.model_dump(mode="json"),
         "masks": masks,
@@ -119,16 +118,6 @@ def key_parts(
         "numbers": hashlib.sha256(np.asarray(numbers, dtype="<i8").tobytes()).hexdigest(),
         "versions": {name: version(name) for name in ("transformers", "tokenizers")},
     }
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    """Of what a text is turned into; without the truncation and padding that the last call has left behind."""
-    if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    else:
-        content = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
-    content |= {"specials": tokenizer.special_tokens_map, "truncates": tokenizer.truncation_side}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def store_examples(

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,12 @@ def _change_template(base: Path) -> None:
     template.write_text(template.read_text().replace("<|im_end|>", "<|im_end|>\n"))
 
 
+def _change_normaliser(base: Path) -> None:
+    """The vocabulary stays what it is."""
+    path = base / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -43,6 +50,7 @@ def _change_template(base: Path) -> None:
             _change_template,
             r"with another tokenizer than that of this base: its chat template was \w{24} and is",
         ),
+        (_change_normaliser, r"with another tokenizer than that of this base: its pipeline was \w{24} and is"),
     ],
 )
 @pytest.mark.parametrize("verb", [("evaluate",), ("chat", "-m", "Hi", "--tokens", "2")])
@@ -55,8 +63,6 @@ def test_another_base_or_template_is_refused_unless_allowed(
     run: Run,
     onegpu: Command,
 ) -> None:
-    import re
-
     outcome = run(chat_recipe(base=base, task={"evaluation": 0.3}))
     name, *options = verb
     folder = str(outcome.adapter.parent)
@@ -84,6 +90,26 @@ def test_going_on_over_another_base_is_asked_for_and_recorded(
     (told,) = read(tmp_path / "second" / "adapter").manifest.base_mismatch
     assert told.startswith("values that were trained on ")
     assert told.endswith("up_proj.weight has other values")
+
+
+def test_going_on_with_another_tokenizer_is_asked_for_and_recorded(
+    base: Path, chat_recipe: Recipe, run: Run, onegpu: Command, tmp_path: Path
+) -> None:
+    first = run(chat_recipe(base=base), "first")
+    _change_template(base)
+    _change_normaliser(base)
+    recipe = tmp_path / "again.yaml"
+    recipe.write_text(chat_recipe(base=base, adapter=str(first.adapter)).as_yaml())
+    code, _, err = onegpu("run", str(recipe), "-o", str(tmp_path / "second"))
+    assert code == 2
+    assert re.search(r"its chat template was \w{24} and is \w{24}; its pipeline was \w{24} and is", err), err
+    assert onegpu("run", str(recipe), "-o", str(tmp_path / "second"), "--allow-base-mismatch")[0] == 0
+    (told,) = read(tmp_path / "second" / "adapter").manifest.base_mismatch
+    assert re.fullmatch(
+        r"values that were trained with another tokenizer: its chat template was \w{24} and is \w{24}; "
+        r"its pipeline was \w{24} and is \w{24}",
+        told,
+    )
 
 
 def test_another_template_is_refused_before_weights_are_read(
