@@ -6,6 +6,7 @@ made them so: one message, exit code 2, and the run's folder is as it was.
 
 import base64
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from onegpu.adapters.files import damage, seal
 from onegpu.adapters.untrusted import LARGEST
 from onegpu.recipes import Loaded
 
@@ -324,6 +326,14 @@ def _pipe(name: str) -> Spoil:
     return spoil
 
 
+def _folder(name: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return spoil
+
+
 # What was changed after the folder was sealed, and what is told of it.
 DAMAGED: dict[str, tuple[Spoil, str]] = {
     "pickles beside": (_pickle_everywhere, "adapter/adapter_model.bin does not belong there"),
@@ -336,7 +346,7 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
     "a pipe as state": (_pipe(STATE), "state.json is not a file"),
     "a pipe beside": (_pipe("x"), "x is not a file"),
     "a folder as checksums": (
-        lambda folder: ((folder / "checksums.json").unlink(), (folder / "checksums.json").mkdir()),
+        _folder("checksums.json"),
         "checksums.json is damaged",
     ),
     "checksums that are deep": (_bytes("checksums.json", b'{"a":' * 9999), "checksums.json is damaged"),
@@ -425,18 +435,26 @@ OWN_STATES: dict[str, tuple[Spoil, str]] = {
         _state(lambda s: _first_to(s["adapters"]["adalora"]["rank_pattern"], [1])),
         "is [1], and must be 4 times yes or no",
     ),
+}  # fmt: skip
+WORTH: dict[str, tuple[Spoil, str]] = {
     "another shape": (_sums(lambda t: t[:1].clone()), "importance: exp_avg_ipt/"),
     "no numbers": (_sums(_with(float("nan"))), "has values that are not finite"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("tfinal", "cases"), [(3, OWN_STATES), (0, WORTH)], ids=["ranks", "worth"])
 def test_the_own_state_of_an_adapter_is_held_against_its_tensors(
-    chat_recipe: Callable[..., Loaded], onegpu: Command, folder_bytes: Bytes, tmp_path: Path
+    tfinal: int,
+    cases: dict[str, tuple[Spoil, str]],
+    chat_recipe: Callable[..., Loaded],
+    onegpu: Command,
+    folder_bytes: Bytes,
+    tmp_path: Path,
 ) -> None:
-    adapter = {"adalora": {"total_step": 6, "tfinal": 3, "init_r": 4, "target_r": 2}}
+    adapter = {"adalora": {"total_step": 6, "tfinal": tfinal, "init_r": 4, "target_r": 2}}
     stopped = _stopped(chat_recipe([adapter], train={"steps": 6, "checkpoint_every": 2}), onegpu, tmp_path)
     shutil.copytree(tmp_path / "run", tmp_path / "good")
-    for name, (spoil, told) in OWN_STATES.items():
+    for name, (spoil, told) in cases.items():
         _again(tmp_path / "good", tmp_path)
         assert _judge(spoil, told, stopped, onegpu, folder_bytes) is None, name
     _again(tmp_path / "good", tmp_path)
