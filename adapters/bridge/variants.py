@@ -87,7 +87,7 @@ class AdaLoRAAttachment(InjectedAttachment):
         allocator, device = self._tuner.rankallocator, next(iter(self.parameters.values())).device
         part = f".{allocator.adapter_name}"
         live = {n: p for n, p in self._tuner.model.named_parameters() if "lora_" in n and part in n}
-        _check_ranks(state["rank_pattern"], {n.replace(part, ""): p for n, p in live.items() if ".lora_E" in n})
+        _check_ranks(state["rank_pattern"], {n: p for n, p in live.items() if ".lora_E" in n})
         _check_sums(sums, {f"{kind}/{name}": p for kind in SUMS for name, p in live.items()} if sums else {})
         self._config.rank_pattern = state["rank_pattern"]
         for key, tensor in sums.items():
