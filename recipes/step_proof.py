@@ -242,4 +242,5 @@ def _strongest(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     rows = _rows(parameter.grad)
     count = min(len(rows), max(1, WATCHED // rows.shape[1]))
-    return torch.linalg.vector_norm(rows, ord=torch.inf, dim=1).topk(count).indices
+    strongest: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1).topk(count).indices
+    return strongest

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onegpu.adapters import Stack, StackError, attach, load, save
@@ -94,8 +94,9 @@ def test_there_is_nothing_to_merge(llama: PreTrainedModel, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["full", {"lisa": {"active": 2}}], ids=str)
 def test_only_what_did_not_run_in_a_step_may_rest_in_it(fresh: Fresh, run: Run, kind: Any) -> None:
     model = fresh("plain")
-    layers = model.get_submodule("model.layers")
-    first, both = layers[:1], layers
+    both = model.get_submodule("model.layers")
+    assert isinstance(both, nn.ModuleList)
+    first = both[:1]
     stack = attach(model, [kind])
     (attachment,) = stack.attachments
     assert attachment.may_rest() == frozenset()
