@@ -42,7 +42,6 @@ class _Proof(_Record):
     judged: Count
     proved: list[str]
     suspects: dict[str, str]
-    used: list[str]
 
 
 class _Progress(_Record):
@@ -50,7 +49,7 @@ class _Progress(_Record):
     scores: list[dict[str, Finite]]
     selection: _Selection
     changes: list[_Change]
-    proof: _Proof | None = None
+    proof: _Proof
 
     @model_validator(mode="after")
     def _in_order(self) -> "_Progress":

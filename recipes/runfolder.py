@@ -143,9 +143,14 @@ class RunFolder:
         """Where it lies until it is proved."""
         return self.checkpoints / f"unproved-{step:06d}"
 
+    def _numbered(self, kind: str) -> list[Path]:
+        """The folders of a kind by their step; one that somebody put there under a name of his own is left alone."""
+        found = [path for path in self.checkpoints.glob(f"{kind}-*") if path.name.removeprefix(f"{kind}-").isdecimal()]
+        return sorted(found, key=_number)
+
     def newest_first(self) -> list[Path]:
         """The checkpoints; a half-written one has another name."""
-        return sorted(self.checkpoints.glob("step-*"), reverse=True)
+        return self._numbered("step")[::-1]
 
     def best(self, step: int) -> Path:
         """Where the adapter of an evaluation lies that was the best so far, within a sealed folder."""
@@ -153,10 +158,10 @@ class RunFolder:
 
     def drop_old_checkpoints(self) -> None:
         """Keep the last two, and of the best adapters those that a run resumed from either would want."""
-        steps = sorted(self.checkpoints.glob("step-*"))
+        steps = self._numbered("step")
         for old in steps[:-KEPT_CHECKPOINTS]:
             discard(old)
-        bests = sorted(self.checkpoints.glob("best-*"))
+        bests = self._numbered("best")
         before = [best for best in bests if _number(best) <= min(map(_number, steps[-KEPT_CHECKPOINTS:]))]
         for old in before[:-1]:
             discard(old)
@@ -199,9 +204,9 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         for folder in (self.path, self.checkpoints):
             sweep(folder)
-        for unproved in self.checkpoints.glob("unproved-*"):
+        for unproved in self._numbered("unproved"):
             discard(unproved)
-        for best in self.checkpoints.glob("best-*"):
+        for best in self._numbered("best"):
             if _number(best) > step:
                 discard(best)
         for damaged in self.newest_first():

@@ -48,8 +48,8 @@ class Selection:
         return {key: value for key, value in asdict(self).items() if key in ("step", "scores", "waited")}
 
     def resumed(self, state: Mapping[str, Any]) -> "Selection":
-        """Going on from a checkpoint's `state`."""
-        return replace(self, **state)
+        """Going on from a checkpoint's `state`; without a metric (any more) there is no best to go back to."""
+        return replace(self, **state) if self.metric else self
 
 
 def choose(best: Best | None, measures: Mapping[str, Direction]) -> Selection:
