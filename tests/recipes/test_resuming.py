@@ -259,8 +259,8 @@ def test_other_threads_are_accepted_when_the_user_says_so(begun: Path, loaded: L
     ("changes", "told"),
     [
         ({"train": {"steps": 3}}, "the run did 4 steps already, and the recipe asks for 3"),
-        ({"train": {"optimizer": "sgd"}}, "has the state of AdamW, and the recipe asks for SGD: start another run"),
-        ({"adapters": [{"lora": {"rank": 5}}]}, "does not fit this model"),
+        ({"train": {"optimizer": "sgd"}}, "has the state of 'AdamW', and the recipe asks for SGD: start another run"),
+        ({"adapters": [{"lora": {"rank": 5}}]}, "does not fit this run"),
     ],
     ids=str,
 )
