@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onegpu.adapters import Stack
 
-from .data.batches import micro_batches
+from .data.batches import Cut
 from .tasks import Batch, Example, Objective, Reader, Task
 
 __all__ = ["Evaluator", "Finding", "evaluating", "on_device", "reference", "shown", "surveyed"]
@@ -33,7 +33,7 @@ class Evaluator:
     task: Task
     reader: Reader
     pad: int
-    micro_batch: int  # examples per forward pass
+    cut: Cut  # a window into forward passes
     window: int  # examples that are prepared and surveyed together, as a step of training does
     autocast: torch.autocast
     refer: Refer
@@ -58,10 +58,12 @@ class Evaluator:
         device = next(model.parameters()).device
         for start in range(0, len(examples), self.window):
             window = self.task.prepare(examples[start : start + self.window], start)
-            batches = (self.task.collate(chunk, self.pad) for chunk in micro_batches(window, self.micro_batch))
+            batches = (self.task.collate(chunk, self.pad) for chunk in self.cut(window))
             ready = (batch | self.refer(batch) for batch in (on_device(batch, device) for batch in batches))
             for batch in surveyed(self.task, model, ready, autocast=self.autocast):
-                yield self.task.objective(model, batch)
+                with self.task.at_work(model):
+                    objective = self.task.objective(model, batch)
+                yield objective
 
 
 def surveyed(
@@ -82,7 +84,7 @@ def surveyed(
         return
     held = list(batches)  # they pass through the model twice
     total = torch.zeros(task.surveys(), dtype=torch.float64, device=next(model.parameters()).device)
-    with evaluating(model), autocast:
+    with evaluating(model), autocast, task.at_work(model):
         for batch in held:
             total += task.survey(model, batch)
     total = reduce(total)
@@ -96,7 +98,7 @@ def reference(task: Task, stack: Stack, autocast: torch.autocast) -> Refer:
     def refer(batch: Batch) -> Batch:
         if not task.refers():
             return {}
-        with stack.base_only(), evaluating(stack.model), autocast:
+        with stack.base_only(), evaluating(stack.model), autocast, task.at_work(stack.model):
             return task.refer(stack.model, batch)
 
     return refer

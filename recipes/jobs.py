@@ -20,7 +20,7 @@ from onegpu.adapters.specs import Named
 from onegpu.adapters.structure import family
 from onegpu.adapters.target_table import Target, count_targets
 
-from .data.batches import Plan, resolve_micro_batch
+from .data.batches import Plan, resolve_cut
 from .data.dataset import Dataset, Gathered, Trained, encode, gather
 from .evaluation import Evaluator, evaluating
 from .facts import check_tokenizer, facts_of
@@ -83,7 +83,13 @@ class Job:
             task=task,
             reader=self.reader,
             pad=self.pad,
-            micro_batch=resolve_micro_batch(settings.micro_batch, settings.effective_batch, self.dataset.longest),
+            cut=resolve_cut(
+                settings.micro_batch,
+                settings.tokens_per_micro_batch,
+                effective_batch=settings.effective_batch,
+                longest=self.dataset.longest,
+                packed=task.packs,
+            ),
             window=settings.effective_batch,
             autocast=autocast,
             refer=referring(task, self.teacher, stack, autocast, pad=self.pad, hardware=self.hardware),

@@ -88,7 +88,7 @@ def explain_non_finite(stack: Stack, task: Task, batch: Batch) -> str:
 
     handles = [m.register_forward_hook(watch(name)) for name, m in stack.model.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), task.at_work(stack.model):
             task.objective(stack.model, batch)
     finally:
         for handle in handles:
@@ -101,7 +101,8 @@ def explain_cut(stack: Stack, task: Task, batch: Batch) -> str:
     trainable = stack.trainable()
     flow = GradientFlow.of(stack.root, trainable)
     try:
-        task.objective(stack.model, batch)
+        with task.at_work(stack.model):
+            task.objective(stack.model, batch)
     finally:
         flow.close()
     return f"no gradient comes through {flow.culprit(next(iter(trainable)))}"

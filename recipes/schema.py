@@ -47,6 +47,9 @@ class Train(_Strict):
     micro_batch: Count | Literal["auto"] = "auto"
     """Examples per forward pass: a matter of memory and speed only."""
 
+    tokens_per_micro_batch: Count | None = None
+    """Tokens per forward pass, in place of `micro_batch`; one longer example is a pass of its own."""
+
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak rate; adapters may scale it per tensor."""
 
@@ -87,6 +90,8 @@ class Train(_Strict):
     def _coherent(self) -> "Train":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give `steps` or `epochs`, not both")
+        if self.tokens_per_micro_batch is not None and self.micro_batch != "auto":
+            raise ValueError("give `micro_batch` or `tokens_per_micro_batch`, not both")
         if self.schedule == "constant" and self.warmup:
             raise ValueError("the schedule `constant` would ignore `warmup`; use `constant_with_warmup`")
         if self.best is not None and self.evaluate_every is None:

@@ -24,7 +24,7 @@ from onegpu.adapters.files import atomic_folder, damage, move, seal
 from onegpu.adapters.fingerprints import Fingerprint
 
 from .checkpoints import random_states, write_checkpoint
-from .data.batches import Plan, micro_batches
+from .data.batches import Plan
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
 from .proofs import explain_cut, explain_non_finite, first_bad_gradient, frozen_base
@@ -186,12 +186,13 @@ def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.P
     s.proof.before_loss()
     for batch in _batches(s, window):
         try:
-            with s.evaluator.autocast:
-                objective = s.task.objective(s.model, batch)
-            _check_finite(s, objective, batch)
-            s.scaler.scale(objective.total).backward()
+            with s.task.at_work(s.model):
+                with s.evaluator.autocast:
+                    objective = s.task.objective(s.model, batch)
+                _check_finite(s, objective, batch)
+                s.scaler.scale(objective.total).backward()
         except torch.OutOfMemoryError as cause:
-            raise DeviceError(_out_of_memory(batch)) from cause
+            raise DeviceError(_out_of_memory(batch, packed=s.task.packs)) from cause
         total += torch.tensor([objective.total.item(), objective.weight], dtype=torch.float64)
     total = s.accelerator.reduce(total.to(s.accelerator.device), "sum").cpu()
     loss, weight = total.tolist()
@@ -210,7 +211,7 @@ def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.P
 
 def _batches(s: Session, window: Sequence[Example]) -> Iterator[Batch]:
     """This process's share of a window, with what the reference model and the whole window say of each batch."""
-    chunks = micro_batches(window, s.evaluator.micro_batch)
+    chunks = s.evaluator.cut(window)
     own = chunks[s.accelerator.process_index :: s.accelerator.num_processes]
     batches = (on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device) for chunk in own)
     referred = (batch | s.evaluator.refer(batch) for batch in batches)
@@ -249,7 +250,7 @@ def _evaluate(s: Session) -> None:
         return
     scores = s.evaluator(s.model, s.held_out).scores
     if not math.isfinite(scores["loss"]):
-        chunk = micro_batches(s.held_out[: s.evaluator.window], s.evaluator.micro_batch)[0]
+        chunk = s.evaluator.cut(s.held_out[: s.evaluator.window])[0]
         batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
         where = explain_non_finite(s.stack, s.task, batch | s.evaluator.refer(batch))
         raise ProofFailed(f"step {s.step}: the held-out loss is {scores['loss']}, {where}")
@@ -309,11 +310,12 @@ def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _out_of_memory(batch: Batch) -> str:
+def _out_of_memory(batch: Batch, *, packed: bool) -> str:
     examples, tokens = batch["input_ids"].shape
-    smaller = max(1, examples // 2)
+    what, smaller = f"{examples} examples of up to {tokens} tokens", f"micro_batch to {max(1, examples // 2)}"
+    if packed:
+        what, smaller = f"{tokens} tokens", f"tokens_per_micro_batch to {max(1, tokens // 2)}"
     return (
-        f"out of memory with {examples} examples of up to {tokens} tokens in one pass: "
-        f"set train.micro_batch to {smaller} (the result stays the same), train.gradient_checkpointing to true, "
-        "or a smaller max_length"
+        f"out of memory with {what} in one pass: set train.{smaller} (the result stays the same), "
+        "train.gradient_checkpointing to true, or a smaller max_length"
     )

@@ -9,9 +9,9 @@ import numpy as np
 from ..tasks.contract import Example
 from .order import epoch_length, epoch_order
 
-__all__ = ["Plan", "micro_batches", "resolve_micro_batch"]
+__all__ = ["Cut", "Plan", "micro_batches", "resolve_cut"]
 
-TOKENS_PER_PASS = 4096  # what `micro_batch: auto` aims at; padded tokens of one forward pass
+TOKENS_PER_PASS = 4096  # what `micro_batch: auto` aims at; tokens of one forward pass, padding included
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,67 @@ class Plan:
         return epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch)
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Cut a window into forward passes, longest first: little padding, and memory runs out at once or never."""
-    ordered = sorted(examples, key=lambda example: (-example.size, example.row))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+@dataclass(frozen=True)
+class Cut:
+    """How a window is cut into forward passes."""
+
+    examples: int  # most of them in one pass
+    tokens: int | None = None  # most of them in one pass, padding included; no bound when left out
+    packed: bool = False  # rows are packed, so that there is no padding
+
+    def __call__(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Forward passes, longest examples first: little padding, and memory runs out at once or never."""
+        return packs(examples, self) if self.packed else micro_batches(examples, self.examples, self.tokens)
 
 
-def resolve_micro_batch(micro_batch: int | str, effective_batch: int, longest: int) -> int:
-    """Examples per forward pass; `auto` takes as many as make 4,096 padded tokens."""
-    wanted = TOKENS_PER_PASS // longest if isinstance(micro_batch, str) else micro_batch
-    return max(1, min(wanted, effective_batch))
+def micro_batches(examples: Sequence[Example], size: int, tokens: int | None = None) -> list[list[Example]]:
+    """Examples of like length together: up to `size`, or as many as make up to `tokens` when padded."""
+    chunks: list[list[Example]] = []
+    for example in _longest_first(examples):
+        # The first of a chunk is its longest.
+        full = not chunks or len(chunks[-1]) == size
+        if full or (tokens is not None and (len(chunks[-1]) + 1) * chunks[-1][0].size > tokens):
+            chunks.append([])
+        chunks[-1].append(example)
+    return chunks
+
+
+def packs(examples: Sequence[Example], cut: Cut) -> list[list[Example]]:
+    """As few packs as best-fit finds: each example goes where it leaves least room. One too long for any is alone."""
+    found: list[list[Example]] = []
+    for example in _longest_first(examples):
+        fitting = [pack for pack in found if len(pack) < cut.examples and _fits(pack, example, cut.tokens)]
+        if fitting:
+            max(fitting, key=_tokens).append(example)
+        else:
+            found.append([example])
+    return found
+
+
+def _fits(pack: Sequence[Example], example: Example, tokens: int | None) -> bool:
+    return tokens is None or _tokens(pack) + example.size <= tokens
+
+
+def _tokens(pack: Sequence[Example]) -> int:
+    return sum(example.size for example in pack)
+
+
+def _longest_first(examples: Sequence[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: (-example.size, example.row))
+
+
+def resolve_cut(micro_batch: int | str, tokens: int | None, *, effective_batch: int, longest: int, packed: bool) -> Cut:
+    """What the settings come to.
+
+    Args:
+        micro_batch: examples, or `auto` for as many as make 4,096 tokens.
+        tokens: what a pass may hold instead.
+        longest: tokens of the longest example.
+    """
+    if tokens is not None:
+        return Cut(effective_batch, tokens, packed)
+    if isinstance(micro_batch, int):
+        return Cut(min(micro_batch, effective_batch), packed=packed)
+    if packed:
+        return Cut(effective_batch, TOKENS_PER_PASS, packed)
+    return Cut(max(1, min(TOKENS_PER_PASS // longest, effective_batch)))

@@ -11,22 +11,20 @@ from .contract import (
     IGNORED,
     Batch,
     Direction,
-    Example,
     Objective,
     Predictions,
     Reader,
     RowProblem,
     TooLong,
-    attention_mask,
-    padded,
 )
 from .lengths import Piece, fit, refuse_too_long
+from .packing import PackedTask
 from .tokens import causal_logits, token_objective, token_scores
 
-__all__ = ["CausalTask", "pieces", "token_batch"]
+__all__ = ["CausalTask", "pieces"]
 
 
-class CausalTask(AnsweringTask):
+class CausalTask(PackedTask, AnsweringTask):
     """A causal language model that learns to say the supervised tokens of each example."""
 
     kind = "causal-lm"
@@ -36,9 +34,6 @@ class CausalTask(AnsweringTask):
 
     def measures(self) -> dict[str, Direction]:
         return text_measures(self.metrics) | {"loss": "lower", "token_accuracy": "higher", "perplexity": "lower"}
-
-    def collate(self, examples: Sequence[Example], pad: int) -> Batch:
-        return token_batch(examples, pad)
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
         return causal_logits(model, batch)
@@ -84,12 +79,3 @@ def pieces(
             "nothing supervised is left after cutting" if len(ids) > reader.limit else "nothing supervised"
         )
     return useful
-
-
-def token_batch(examples: Sequence[Example], pad: int) -> Batch:
-    """Examples with a label for each token, padded on the right: (batch, longest) each."""
-    return {
-        "input_ids": padded([e.ids for e in examples], pad),
-        "attention_mask": attention_mask(examples),
-        "labels": padded([e.labels for e in examples], IGNORED),
-    }

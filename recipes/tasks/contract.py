@@ -7,6 +7,7 @@ is divided by. The loop adds up both over a whole window, so the split into micr
     encode                  a row to examples
     prepare                 the examples of a window, as they are this time (masks drawn anew)
     collate                 examples to a batch
+    at_work                 around what follows, for each batch
     refer                   what the reference model says of it (preference, distillation)
     survey                  sums over the window that the loss of each batch needs (KTO)
     objective               the loss, and what evaluation collects
@@ -16,6 +17,7 @@ is divided by. The loop adds up both over a whole window, so the split into micr
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from onegpu.adapters.base import Kind
+from onegpu.adapters.segments import Segments
 
 from ..data.sources import Source
 
@@ -52,7 +55,9 @@ TooLong = Literal["error", "drop", "cut-left", "cut-right", "window"]
 Meaning = Literal["class", "classes", "number"]
 
 IGNORED = -100  # a label that carries no loss; torch's own convention
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+INPUTS += ("decoder_input_ids", "decoder_attention_mask")
+SEGMENTS = {name: f"segment_{name}" for name in Segments._fields}  # in a batch that is packed
 
 
 class RowProblem(ValueError):
@@ -231,6 +236,15 @@ class Task(BaseModel, ABC):
         """
         return self, ""
 
+    @property
+    def packs(self) -> bool:
+        """Whether its batches are rows of as many examples as fit, without padding."""
+        return False
+
+    def at_work(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered around the forward and the backward pass of a batch, for a task that changes how a model attends."""
+        return nullcontext()
+
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         """The examples of a window as they are trained on this time; `seed` is the window's own."""
         return window
@@ -319,9 +333,12 @@ class PredictiveTask(Task):
         return self.judge(self.predictions(model, batch), batch)
 
 
-def model_inputs(batch: Batch) -> Batch:
-    """The part of a batch that goes into the model."""
-    return {name: batch[name] for name in INPUTS if name in batch}
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The part of a batch that goes into the model; of a packed one also which tokens belong together."""
+    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
+    if SEGMENTS["queries"] in batch:
+        inputs["segments"] = Segments(*(batch.get(name) for name in SEGMENTS.values()))  # type: ignore[arg-type]
+    return inputs
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:  # (batch, longest)

@@ -20,6 +20,7 @@ temperature: its term is the squared difference.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
@@ -145,6 +146,23 @@ class Distillation(Task):
 
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         return self.inner.encode(number, row, reader)
+
+    def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Task, str]:
+        """As the inner task is, where teacher and student are one model."""
+        if self.teacher != BASE:
+            return self, ""
+        inner, remark = self.inner.suited(model, example, longest=longest, pad=pad, packing=packing)
+        assert isinstance(inner, PredictiveTask), type(inner)
+        task = self.model_copy()
+        task._inner = inner
+        return task, remark
+
+    @property
+    def packs(self) -> bool:
+        return self.inner.packs
+
+    def at_work(self, model: nn.Module) -> AbstractContextManager[None]:
+        return self.inner.at_work(model)
 
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         return self.inner.prepare(window, seed)

@@ -18,7 +18,7 @@ from torch import nn
 from onegpu.adapters import RecipeError
 from onegpu.adapters.base import Kind
 
-from .causal import pieces, token_batch
+from .causal import pieces
 from .contract import (
     IGNORED,
     Batch,
@@ -26,13 +26,13 @@ from .contract import (
     Example,
     Objective,
     Predictions,
-    PredictiveTask,
     Reader,
     Row,
     RowProblem,
     TooLong,
 )
 from .lengths import fit, refuse_too_long
+from .packing import PackedTask
 from .texts import around, end_of, read_text, token_ids
 from .tokens import causal_logits, own_logits, token_objective, token_scores
 
@@ -50,7 +50,7 @@ class MaskableExample(Example):
     vocabulary: int = 0  # how many tokens there are to draw a random one from
 
 
-class LanguageModelling(PredictiveTask):
+class LanguageModelling(PackedTask):
     """Train on plain text."""
 
     api = 1
@@ -131,8 +131,8 @@ class LanguageModelling(PredictiveTask):
             for place, example in enumerate(cast(Sequence[MaskableExample], window))
         ]
 
-    def collate(self, examples: Sequence[Example], pad: int) -> Batch:
-        return token_batch(examples, pad)
+    def causal(self) -> bool:
+        return self.predict == "next"
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
         return (causal_logits if self.predict == "next" else own_logits)(model, batch)

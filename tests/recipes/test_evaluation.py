@@ -10,6 +10,7 @@ from torch import Tensor
 from onegpu.adapters import Stack, attach, load_base
 from onegpu.adapters.fingerprints import fingerprint
 from onegpu.recipes import Loaded, Outcome
+from onegpu.recipes.data.batches import Cut
 from onegpu.recipes.evaluation import Evaluator, reference
 from onegpu.recipes.tasks import Example, Reader
 from onegpu.recipes.tasks.chat import Chat
@@ -49,7 +50,7 @@ def _evaluate(stack: Stack, examples: list[Example], micro_batch: int = 3) -> di
         task=CHAT,
         reader=Reader(None, 256),
         pad=PAD,
-        micro_batch=micro_batch,
+        cut=Cut(micro_batch),
         window=4,
         autocast=autocast,
         refer=reference(CHAT, stack, autocast),

@@ -117,6 +117,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "epochs": ({"steps": None, "epochs": 1}, 2, "steps"),
     "effective_batch": ({}, 2, "loss"),
     "micro_batch": ({}, 1, "passes"),
+    "tokens_per_micro_batch": ({"micro_batch": "auto"}, 1, "passes"),
     "learning_rate": ({}, 0.25, "tensors"),
     "optimizer": ({}, "adamw", "tensors"),
     "weight_decay": ({}, 0.1, "tensors"),

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForPreTraining, PreTrainedTokenizerFast
 from onegpu.adapters import Interrupted, attach
 from onegpu.adapters.registry import TASKS, entries
 from onegpu.recipes import Loaded, Outcome, parse_recipe, preflight, training
-from onegpu.recipes.data.batches import resolve_micro_batch
+from onegpu.recipes.data.batches import Cut
 from onegpu.recipes.evaluation import Evaluator, reference
 from onegpu.recipes.tasks import Task
 
@@ -205,7 +205,7 @@ def test_scores_do_not_depend_on_the_batch_size(recipe: Callable[..., Loaded]) -
         task=task,
         reader=job.reader,
         pad=job.pad,
-        micro_batch=resolve_micro_batch(1, 7, job.dataset.longest),
+        cut=Cut(1),
         window=7,
         autocast=autocast,
         refer=reference(task, stack, autocast),
@@ -215,7 +215,7 @@ def test_scores_do_not_depend_on_the_batch_size(recipe: Callable[..., Loaded]) -
     assert first.scores.keys() >= {"loss", *task.measures()}
     json.dumps(first.details)
     for size in (2, 7):
-        again = replace(evaluator, micro_batch=size)(stack.model, examples, details=True)
+        again = replace(evaluator, cut=Cut(size))(stack.model, examples, details=True)
         assert again.scores == pytest.approx(first.scores, rel=1e-5, abs=1e-6)
 
 

@@ -353,8 +353,11 @@ def test_running_out_of_memory_says_what_to_change(
 
     loaded = chat_recipe(train={"effective_batch": 8, "micro_batch": 8})
     monkeypatch.setattr(type(loaded.task), "objective", objective)
-    with pytest.raises(DeviceError, match=r"out of memory with 8 examples .*set train\.micro_batch to 4"):
+    with pytest.raises(DeviceError, match=r"out of memory with 448 tokens .*set train\.tokens_per_micro_batch to 224"):
         run(loaded)
+    loaded = chat_recipe(task={"packing": False}, train={"effective_batch": 8, "micro_batch": 8})
+    with pytest.raises(DeviceError, match=r"out of memory with 8 examples .*set train\.micro_batch to 4"):
+        run(loaded, "padded")
 
 
 def test_metrics_are_one_json_object_a_line(chat_recipe: Recipe, run: Run, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from onegpu.recipes.data.batches import Plan, micro_batches, resolve_micro_batch
+from onegpu.recipes.data.batches import Cut, Plan, micro_batches, resolve_cut
 from onegpu.recipes.tasks import Example
 
 
@@ -83,4 +83,27 @@ def test_the_cut_does_not_depend_on_the_order_within_a_window() -> None:
 def test_a_pass_takes_what_was_asked_for_or_what_fits(
     micro: int | str, effective: int, longest: int, expected: int
 ) -> None:
-    assert resolve_micro_batch(micro, effective, longest) == expected
+    assert resolve_cut(micro, None, effective_batch=effective, longest=longest, packed=False) == Cut(expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 10, 17, 1000])
+def test_a_pass_has_no_more_tokens_than_allowed_but_for_one_example(packed: bool, tokens: int) -> None:
+    examples = _examples(3, 9, 1, 9, 5, 2, 2, 7)
+    cut = resolve_cut("auto", tokens, effective_batch=8, longest=9, packed=packed)
+    chunks = cut(examples)
+    assert sorted(example.row for chunk in chunks for example in chunk) == list(range(8))
+    for chunk in chunks:
+        lengths = [example.size for example in chunk]
+        assert len(chunk) == 1 or (sum(lengths) if packed else max(lengths) * len(lengths)) <= tokens
+
+
+def test_packs_are_as_few_as_best_fit_finds() -> None:
+    cut = Cut(8, tokens=10, packed=True)
+    assert [[e.size for e in pack] for pack in cut(_examples(3, 7, 6, 4, 8, 2))] == [[8, 2], [7, 3], [6, 4]]
+    assert cut(_examples(3, 7, 6, 4, 8, 2)) == cut(_examples(3, 7, 6, 4, 8, 2)[::-1])
+
+
+def test_packs_have_no_more_examples_than_asked_for() -> None:
+    cut = resolve_cut(2, None, effective_batch=8, longest=9, packed=True)
+    assert [len(pack) for pack in cut(_examples(3, 9, 1, 9, 5))] == [2, 2, 1]

@@ -1,0 +1,208 @@
+"""Attention over sequences that lie behind one another in one row, without padding and without seeing one another.
+
+All that a layer does token by token runs over the row as it is. Attention alone puts each sequence (segment) into a row
+of its own, lets the attention that the model had before look at them, and puts what comes out behind one another again:
+
+    tokens            s s s a a a b b        one row, no padding: (1, tokens)
+    segments          s s s                  beside one another, padded: (segments, longest)
+                      s s s a a a            `a` and `b` go on from `s`, whose keys and values stand before theirs:
+                      s s s b b              what many sequences begin with is computed once
+
+It enters through transformers' public attention registry. Keys that many segments look at get the sum of their
+gradients in a fixed order, so that a run gives the same bytes again, on CUDA too.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+__all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
+
+PACKED = {"sdpa": "onegpu_packed", "eager": "onegpu_packed_plain"}  # ours, by what the model had before
+ATTENTIVE = {"full_attention", "sliding_attention"}  # as configurations call layers that see all before a token
+
+
+class Segments(NamedTuple):
+    """Where the tokens of a row stand in the segments that attention looks at."""
+
+    queries: Tensor  # (segments, longest): the token of each query; any token where there is padding
+    keys: Tensor  # (segments, longest with what is before it): the token of each key
+    places: Tensor  # (tokens,): where in `queries`, flattened, each token is
+    key_places: Tensor  # (tokens,): where in `keys`, flattened, the token is in its own segment
+    shared: Tensor  # (shared,): tokens that other segments see, too
+    readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
+    seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
+
+
+def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segments:
+    """Lay out segments that stand behind one another in a row.
+
+    Args:
+        lengths: tokens of each segment.
+        before: the segment that each goes on from, one that goes on from none itself; None where it begins anew.
+    """
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    first = [0 if b is None else lengths[b] for b in before]  # keys in front of the segment's own
+    rows, columns = max(lengths), max(n + m for n, m in zip(lengths, first, strict=True))
+    queries = [_filled(range(s, s + n), rows) for s, n in zip(starts, lengths, strict=True)]
+    keys, readers = [], dict[int, list[int]]()
+    for i, (s, n, b) in enumerate(zip(starts, lengths, before, strict=True)):
+        others = [] if b is None else list(range(starts[b], starts[b] + lengths[b]))
+        for place, token in enumerate(others):
+            readers.setdefault(token, []).append(i * columns + place)
+        keys.append(_filled([*others, *range(s, s + n)], columns))
+    most = max(map(len, readers.values()), default=0)
+    nowhere = len(lengths) * columns
+    return Segments(
+        torch.tensor(queries),
+        torch.tensor(keys),
+        torch.tensor([i * rows + j for i, n in enumerate(lengths) for j in range(n)]),
+        torch.tensor([i * columns + first[i] + j for i, n in enumerate(lengths) for j in range(n)]),
+        torch.tensor(list(readers), dtype=torch.long),
+        torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
+        _seen(first, rows, columns) if any(first) else None,
+    )
+
+
+def _filled(items: Sequence[int], length: int, fill: int = 0) -> list[int]:
+    return [*items, *[fill] * (length - len(items))]
+
+
+def _seen(first: Sequence[int], rows: int, columns: int) -> Tensor:  # (segments, 1, rows, columns)
+    last = torch.tensor(first)[:, None, None, None] + torch.arange(rows)[:, None]
+    return torch.arange(columns) <= last
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+def cannot_pack(model: nn.Module, longest: int) -> str:
+    """Why a model's configuration does not let sequences lie in one row; "" where it does not say so.
+
+    Only a trial shows that it does: see `onegpu.recipes.tasks.packing`.
+
+    Args:
+        longest: tokens of the longest sequence.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return "it is not a model of transformers"
+    if not model._can_set_attn_implementation():
+        return "its attention is not in the public registry"
+    if model.config._attn_implementation not in PACKED:
+        return f"its attention is `{model.config._attn_implementation}`"
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window < longest:
+        return f"its attention sees {window} tokens, and sequences have up to {longest}"
+    if others := sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTIVE):
+        return f"it has layers of another kind than attention: {', '.join(others)}"
+    return ""
+
+
+@contextmanager
+def packed_attention(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model takes `segments=`, recomputed layers too; afterwards it has the attention it had."""
+    assert isinstance(model, PreTrainedModel), type(model)
+    before = model.config._attn_implementation
+    if before in PACKED.values():
+        yield
+        return
+    model.set_attn_implementation(PACKED[before])
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return _over_segments(sdpa_attention_forward, module, query, key, value, **kwargs)
+
+
+def _attend_plainly(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return _over_segments(_plain, module, query, key, value, **kwargs)
+
+
+def _over_segments(
+    attend: Any,
+    module: nn.Module,
+    query: Tensor,  # (1, heads, tokens, size)
+    key: Tensor,  # (1, key-value heads, tokens, size)
+    value: Tensor,
+    *,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (1, tokens, heads, size)
+    if segments is None or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError("the model does not hand on which tokens belong together")
+    s = segments
+    none = s.shared[:0]
+    apart, _ = attend(
+        module,
+        _Apart.apply(query[0], s.queries, s.places, none, s.readers[:0]),  # type: ignore[no-untyped-call]
+        _Apart.apply(key[0], s.keys, s.key_places, s.shared, s.readers),  # type: ignore[no-untyped-call]
+        _Apart.apply(value[0], s.keys, s.key_places, s.shared, s.readers),  # type: ignore[no-untyped-call]
+        s.seen,
+        **kwargs,
+    )  # (segments, longest, heads, size)
+    return apart.flatten(0, 1).index_select(0, s.places)[None], None
+
+
+class _Apart(torch.autograd.Function):
+    """Tokens of a row, (heads, tokens, size), as segments: (segments, heads, places, size)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, own: Tensor, shared: Tensor, readers: Tensor) -> Tensor:
+        ctx.save_for_backward(own, shared, readers)
+        return x.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own, shared, readers = ctx.saved_tensors
+        flat = grad.transpose(0, 1).flatten(1, 2)  # (heads, segments · places, size)
+        found = flat.index_select(1, own)
+        if len(shared):
+            behind = F.pad(flat, (0, 0, 0, 1))  # a place that holds zeros, for those with fewer readers
+            read = behind.index_select(1, readers.flatten()).unflatten(1, readers.shape).sum(2)
+            found[:, shared] += read
+        return found, None, None, None, None
+
+
+def _plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(Q Kᵀ · scaling) V in plain matrix products, the softmax in float32, as transformers' models have it."""
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("it changes attention scores in a way of its own")
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if seen is None:
+        rows = query.shape[2]
+        seen = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED["sdpa"], _attend)
+AttentionInterface.register(PACKED["eager"], _attend_plainly)
+for _name in PACKED.values():
+    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)  # the segments say it

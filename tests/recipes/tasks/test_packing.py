@@ -1,0 +1,251 @@
+"""Rows behind one another: the numbers of padded rows, or a reason why not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from onegpu.adapters import attach
+from onegpu.adapters.segments import cannot_pack
+from onegpu.recipes.tasks import Batch, Example
+from onegpu.recipes.tasks.chat import Chat
+from onegpu.recipes.tasks.distillation import Distillation
+from onegpu.recipes.tasks.language_modelling import LanguageModelling
+from onegpu.recipes.tasks.packing import LEAST_SHARED, packed_batch, token_batch
+
+IGNORED, PAD = -100, 0
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+CONFIGS = {
+    "llama": LlamaConfig(**LLAMA),
+    "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "head_dim": LlamaConfig(**LLAMA, head_dim=16),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=8),
+    "gemma": GemmaConfig(**LLAMA, head_dim=8),
+    "neox": GPTNeoXConfig(**SIZES, intermediate_size=64),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, **NO_DROPOUT),
+}
+CHAT = Chat(data="rows")
+START = list(range(40, 52))  # what several rows begin with
+
+
+def _model(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return model
+
+
+def _example(ids: Sequence[int], supervised: Sequence[int]) -> Example:
+    return Example(0, list(ids), [token if place in supervised else IGNORED for place, token in enumerate(ids)])
+
+
+EXAMPLES = [
+    _example([*START, 1, 2, 3, 4], [14, 15]),
+    _example([5, 6, 7], [1, 2]),
+    _example([*START, 8, 9], [13]),
+    _example([*START, 8, 9, 10, 11, 12, 13], [14, 17]),
+    _example([*reversed(START), 3], [1, 12]),
+    _example([14, 15, 16, 17, 18], [2]),
+]
+
+
+def _suited(model: PreTrainedModel, **settings: Any) -> tuple[Any, str]:
+    task = Chat(data="rows", **settings)
+    return task.suited(model, EXAMPLES[0], longest=18, pad=PAD, packing=True)
+
+
+def _lora(model: PreTrainedModel, **settings: Any) -> dict[str, torch.nn.Parameter]:
+    trainable = dict(attach(model, [{"lora": {"rank": 3} | settings}], seed=1).trainable())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trainable.values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return trainable
+
+
+def _gradients(
+    model: PreTrainedModel, trainable: dict[str, torch.nn.Parameter], task: Any, batch: Batch
+) -> dict[str, Tensor]:
+    with task.at_work(model):
+        objective = task.objective(model, batch)
+        objective.total.backward()
+    found = {name: parameter.grad for name, parameter in trainable.items()}
+    for parameter in trainable.values():
+        parameter.grad = None
+    assert all(gradient is not None for gradient in found.values())
+    return {"loss": objective.total.detach(), "weight": torch.tensor(objective.weight)} | found  # type: ignore[return-value]
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_of_padded_rows(name: str, attention: str) -> None:
+    model = _model(CONFIGS[name], attention)
+    trainable = _lora(model)
+    task, remark = _suited(model)
+    assert (task.packs, remark) == (True, "rows are packed, and what several begin with is read once")
+    expected = _gradients(model, trainable, CHAT, token_batch(EXAMPLES, PAD))
+    for batch in (task.collate(EXAMPLES, PAD), packed_batch(EXAMPLES, shares=False)):
+        found = _gradients(model, trainable, task, batch)
+        for key, value in expected.items():
+            assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())), key
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_see_the_same_segments(reentrant: bool) -> None:
+    model = _model(CONFIGS["llama"])
+    trainable = _lora(model)
+    task, _ = _suited(model)
+    expected = _gradients(model, trainable, task, task.collate(EXAMPLES, PAD))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    found = _gradients(model, trainable, task, task.collate(EXAMPLES, PAD))
+    assert model.model.layers[0].gradient_checkpointing
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=1e-5, atol=1e-6), key
+
+
+def test_a_pack_of_one_example_is_that_example() -> None:
+    model = _model(CONFIGS["llama"])
+    trainable = _lora(model)
+    task, _ = _suited(model)
+    for example in EXAMPLES:
+        expected = _gradients(model, trainable, CHAT, token_batch([example], PAD))
+        found = _gradients(model, trainable, task, task.collate([example], PAD))
+        assert all(torch.allclose(found[key], value, rtol=1e-4, atol=1e-6) for key, value in expected.items())
+
+
+def test_equal_examples_are_each_counted() -> None:
+    model = _model(CONFIGS["llama"])
+    trainable = _lora(model)
+    task, _ = _suited(model)
+    once = _gradients(model, trainable, task, task.collate(EXAMPLES[:1], PAD))
+    thrice = _gradients(model, trainable, task, task.collate(EXAMPLES[:1] * 3, PAD))
+    assert all(torch.allclose(thrice[key], 3 * value, rtol=1e-4, atol=1e-5) for key, value in once.items())
+
+
+# --- the row ----------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_no_padding_and_a_common_beginning_stands_once() -> None:
+    tokens = sum(example.size for example in EXAMPLES)
+    apart, shared = (packed_batch(EXAMPLES, shares=shares) for shares in (False, True))
+    assert apart["input_ids"].shape == apart["labels"].shape == apart["position_ids"].shape == (1, tokens)
+    # Three begin with the same twelve tokens; of the third the last is supervised, and the one before it predicts it.
+    assert shared["input_ids"].shape == (1, tokens - 2 * len(START))
+    assert (shared["labels"] != IGNORED).sum() == (apart["labels"] != IGNORED).sum() == 10
+
+
+def test_what_is_supervised_or_predicts_it_is_not_shared() -> None:
+    examples = [_example([*START, 1, 2], [supervised]) for supervised in (LEAST_SHARED + 1, 13)]
+    assert packed_batch(examples, shares=True)["input_ids"].shape == (1, 2 * 14 - LEAST_SHARED)
+    examples = [_example([*START, 1, 2], [supervised]) for supervised in (LEAST_SHARED, 13)]
+    assert packed_batch(examples, shares=True)["input_ids"].shape == (1, 2 * 14)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_no_label_stands_where_a_sequence_begins(shares: bool) -> None:
+    batch = packed_batch(EXAMPLES, shares=shares)
+    begins = (batch["position_ids"][0, 1:] != batch["position_ids"][0, :-1] + 1).nonzero()[:, 0] + 1
+    assert (batch["labels"][0, begins] == IGNORED).all()
+    assert len(begins) >= len(EXAMPLES) - 1
+
+
+# --- where it is possible ---------------------------------------------------------------------------------------------
+
+
+def test_a_beginning_is_not_shared_where_training_draws_at_random() -> None:
+    model = _model(CONFIGS["llama"])
+    _lora(model, dropout=0.5)
+    before = torch.get_rng_state()
+    task, remark = _suited(model)
+    assert (task.packs, remark) == (True, "rows are packed")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module.training for module in model.modules())
+    assert task.collate(EXAMPLES, PAD)["input_ids"].shape[1] == sum(example.size for example in EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "reason"),
+    [
+        (MistralConfig(**LLAMA, sliding_window=8), "sdpa", "its attention sees 8 tokens, and sequences have up to 18"),
+        (
+            BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+            "eager",
+            "its attention is not in the public registry",
+        ),
+        (LlamaConfig(**LLAMA), "flex_attention", "its attention is `flex_attention`"),
+    ],
+)
+def test_models_that_cannot_say_why(config: PreTrainedConfig, attention: str, reason: str) -> None:
+    model = _model(config, attention)
+    task, remark = _suited(model)
+    assert not task.packs
+    assert remark.startswith(f"rows are padded to one length, not packed: {reason}")
+    assert set(task.collate(EXAMPLES, PAD)) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_a_window_longer_than_every_row_is_none() -> None:
+    assert cannot_pack(_model(MistralConfig(**LLAMA, sliding_window=18)), 18) == ""
+
+
+def test_a_prefix_brings_an_attention_of_its_own() -> None:
+    model = _model(CONFIGS["llama"])
+    attach(model, [{"prefix": {"length": 2}}])
+    task, remark = _suited(model)
+    assert not task.packs
+    assert "its attention is `onegpu_prefix`" in remark
+
+
+def test_an_adapter_that_mixes_tokens_is_declared() -> None:
+    task, remark = CHAT.suited(_model(CONFIGS["llama"]), EXAMPLES[0], longest=18, pad=PAD, packing=False)
+    assert (task, remark) == (CHAT, "rows are padded to one length, not packed: an adapter mixes what is in a row")
+
+
+def test_a_model_that_leaks_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(CONFIGS["llama"])
+    inner = model.model.layers[1].forward
+    # A layer that mixes neighbours, as a convolution over the row would.
+    model.model.layers[1].forward = lambda x, **kwargs: inner(x + x.mean(1, keepdim=True), **kwargs)
+    task, remark = _suited(model)
+    assert not task.packs
+    assert "the logits are not those of sequences by themselves" in remark
+
+
+def test_a_recipe_can_do_without() -> None:
+    task, remark = _suited(_model(CONFIGS["llama"]), packing=False)
+    assert (task.packs, remark) == (False, "")
+
+
+def test_hidden_tokens_are_not_packed() -> None:
+    task = LanguageModelling(data="rows", predict="masked")
+    assert task.suited(_model(CONFIGS["llama"]), EXAMPLES[0], longest=18, pad=PAD, packing=True) == (task, "")
+
+
+def test_a_student_is_packed_beside_the_base_only() -> None:
+    model = _model(CONFIGS["llama"])
+    inner = {"language-modelling": {}}
+    for teacher, packs in (("base", True), ("somewhere", False)):
+        task = Distillation(data="rows", task=inner, teacher=teacher)
+        suited, _ = task.suited(model, EXAMPLES[0], longest=18, pad=PAD, packing=True)
+        assert suited.packs == packs
+        assert not task.packs
