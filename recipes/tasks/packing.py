@@ -9,7 +9,6 @@ they see nothing but what is before them. Losses and gradients are those of the 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
@@ -24,6 +23,7 @@ from .conversations import common_length
 __all__ = ["PackedTask", "packed_batch", "token_batch"]
 
 LEAST_SHARED = 8  # tokens with which sequences must begin to be worth a segment of their own
+TRIED = 64  # tokens of an example that a trial takes
 ROUNDING = 16  # units in the last place by which logits may differ between two ways of computing them
 
 
@@ -148,36 +148,46 @@ def _tried(model: nn.Module, example: Example, pad: int) -> str:
     A trial decides: no sequence changes another's logits by a bit, and both have those that they have alone up to
     rounding, in rows that begin alike and in rows that do not.
     """
-    first = replace(example, ids=list(example.ids), labels=[IGNORED] * len(example.ids))
-    half = len(first.ids) // 2
-    other = replace(first, ids=[*first.ids[:half], *reversed(first.ids[half:]), *first.ids[:1]])
-    other = replace(other, labels=[IGNORED] * len(other.ids))
+    ids = list(example.ids[:TRIED])
+    half = len(ids) // 2
+    first, other = _unlabelled(ids), _unlabelled([*ids[:half], *reversed(ids[half:]), *ids[:1]])
     try:
         with torch.no_grad():
-            apart = [_logits(model, token_batch([e], pad)) for e in (first, other)]
-            for shares in (False, True):
-                if reason := _leaks(model, first, other, apart, shares):
-                    return reason
+            return _compared(model, first, other, pad)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as cause:
         return f"it does not take such a row: {str(cause).splitlines()[0]}"
+
+
+def _compared(model: nn.Module, first: Example, other: Example, pad: int) -> str:
+    alone = [_logits(model, token_batch([example], pad))[0] for example in (first, other)]
+    rounding = max(1e-4, ROUNDING * torch.finfo(alone[0].dtype).eps)
+    for shares in (False, True):
+        found = _of_two(model, first, other, shares)
+        for mine, expected in zip(found, alone, strict=True):
+            if (mine - expected).abs().max() > rounding * expected.abs().max():
+                return "the logits are not those of sequences by themselves"
+        beside = _of_two(model, _changed(first), other, shares)[1], _of_two(model, first, _changed(other), shares)[0]
+        if not (torch.equal(beside[0], found[1]) and torch.equal(beside[1], found[0])):
+            return "one sequence sees another"
     return ""
 
 
-def _leaks(model: nn.Module, first: Example, other: Example, apart: Sequence[Tensor], shares: bool) -> str:
+def _of_two(model: nn.Module, first: Example, other: Example, shares: bool) -> tuple[Tensor, Tensor]:
+    """The logits of two sequences in one row, as if each stood alone: (tokens, vocabulary) each."""
     together = _logits(model, packed_batch([first, other], shares=shares))[0]
-    n, m = len(first.ids), len(other.ids)
-    behind = _shared_length([first, other]) if shares else 0
-    behind = behind if behind >= LEAST_SHARED else 0
-    mine, theirs = together[:n], torch.cat([together[:behind], together[n:]])
-    assert len(theirs) == m
-    rounding = max(1e-4, ROUNDING * torch.finfo(apart[0].dtype).eps)
-    for found, alone in ((mine, apart[0][0]), (theirs, apart[1][0])):
-        if (found - alone).abs().max() > rounding * alone.abs().max():
-            return "the logits are not those of sequences by themselves"
-    changed = replace(other, ids=[*other.ids[:-1], other.ids[0] if other.ids[-1] != other.ids[0] else other.ids[1]])
-    if not torch.equal(_logits(model, packed_batch([first, changed], shares=shares))[0, :n], mine):
-        return "one sequence sees another"
-    return ""
+    shared = _shared_length([first, other]) if shares else 0
+    shared = shared if shared >= LEAST_SHARED else 0
+    return together[: first.size], torch.cat([together[:shared], together[first.size :]])
+
+
+def _unlabelled(ids: Sequence[int]) -> Example:
+    return Example(0, list(ids), [IGNORED] * len(ids))
+
+
+def _changed(example: Example) -> Example:
+    """Another token at its end."""
+    last = next(token for token in example.ids if token != example.ids[-1]) if len(set(example.ids)) > 1 else 0
+    return _unlabelled([*example.ids[:-1], last])
 
 
 def _draws(model: nn.Module, example: Example, pad: int) -> bool:
