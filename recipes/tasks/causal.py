@@ -21,12 +21,12 @@ from .contract import (
     padded,
 )
 from .lengths import Piece, fit, refuse_too_long
-from .tokens import causal_logits, token_objective, token_scores
+from .tokens import TokenTask, causal_logits, token_objective, token_scores
 
 __all__ = ["CausalTask", "pieces", "token_batch"]
 
 
-class CausalTask(AnsweringTask):
+class CausalTask(TokenTask, AnsweringTask):
     """A causal language model that learns to say the supervised tokens of each example."""
 
     kind = "causal-lm"
@@ -41,7 +41,7 @@ class CausalTask(AnsweringTask):
         return token_batch(examples, pad)
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
-        return causal_logits(model, batch)
+        return causal_logits(model, batch, self._arithmetic)
 
     def judge(self, found: Predictions, batch: Batch) -> Objective:
         """Summed cross-entropy of the supervised tokens, in float32; the weight is how many there are."""

@@ -34,6 +34,7 @@ from onegpu.adapters.registry import entries, find, load
 from onegpu.adapters.specs import split
 from onegpu.adapters.validation import Fault, faults
 
+from .chunks import Divergence
 from .contract import (
     Batch,
     Direction,
@@ -47,6 +48,7 @@ from .contract import (
     Task,
     Traits,
 )
+from .tokens import HiddenPredictions
 
 __all__ = ["BASE", "Distillation", "divergence"]
 
@@ -72,7 +74,8 @@ class Distillation(Task):
     weight: float = Field(default=0.5, ge=0, le=1)
     """Share of the teacher's term; the rest is the task's own loss."""
 
-    _inner: PredictiveTask = PrivateAttr()
+    _inner: PredictiveTask = PrivateAttr()  # as the student is trained on it
+    _untried: PredictiveTask = PrivateAttr()  # as any model can say what it predicts, such as the teacher
 
     @field_validator("task", mode="before", json_schema_input_type=str | dict[str, Any])
     @classmethod
@@ -87,7 +90,7 @@ class Distillation(Task):
 
     def model_post_init(self, context: Any) -> None:
         ((name, settings),) = self.task.items()
-        self._inner = _built(name, settings, {shared: getattr(self, shared) for shared in SHARED})
+        self._inner = self._untried = _built(name, settings, {shared: getattr(self, shared) for shared in SHARED})
 
     @property
     def inner(self) -> PredictiveTask:
@@ -104,7 +107,7 @@ class Distillation(Task):
 
     def refer(self, model: nn.Module, batch: Batch) -> Batch:
         """`teacher`: (supervised, outputs) logits, in the order in which the student's are judged."""
-        return {"teacher": self.inner.predictions(model, batch).logits}
+        return {"teacher": self._untried.predictions(model, batch).logits}
 
     def objective(self, model: nn.Module, batch: Batch) -> Objective:
         """The two terms as sums over the same places; the weight is that of the inner task."""
@@ -146,6 +149,13 @@ class Distillation(Task):
     def encode(self, number: int, row: Row, reader: Reader) -> Sequence[Example]:
         return self.inner.encode(number, row, reader)
 
+    def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Task, str]:
+        inner, remark = self.inner.suited(model, example, longest=longest, pad=pad, packing=packing)
+        assert isinstance(inner, PredictiveTask)
+        task = self.model_copy()
+        task._inner = inner
+        return task, remark
+
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         return self.inner.prepare(window, seed)
 
@@ -182,6 +192,8 @@ def divergence(teacher: Tensor, found: Predictions, temperature: float) -> Tenso
             shorter one is no token, and is left out.
         found: what the student says.
     """
+    if isinstance(found, HiddenPredictions):
+        return found.over(Divergence(teacher, temperature))[:, 0].sum()
     shared = min(teacher.shape[-1], found.logits.shape[-1])
     theirs, ours = teacher[:, :shared] / temperature, found.logits[:, :shared] / temperature
     match found.meaning:

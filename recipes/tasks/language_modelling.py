@@ -26,7 +26,6 @@ from .contract import (
     Example,
     Objective,
     Predictions,
-    PredictiveTask,
     Reader,
     Row,
     RowProblem,
@@ -34,7 +33,7 @@ from .contract import (
 )
 from .lengths import fit, refuse_too_long
 from .texts import around, end_of, read_text, token_ids
-from .tokens import causal_logits, own_logits, token_objective, token_scores
+from .tokens import TokenTask, causal_logits, own_logits, token_objective, token_scores
 
 __all__ = ["LanguageModelling", "MaskableExample"]
 
@@ -50,7 +49,7 @@ class MaskableExample(Example):
     vocabulary: int = 0  # how many tokens there are to draw a random one from
 
 
-class LanguageModelling(PredictiveTask):
+class LanguageModelling(TokenTask):
     """Train on plain text."""
 
     api = 1
@@ -135,7 +134,7 @@ class LanguageModelling(PredictiveTask):
         return token_batch(examples, pad)
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
-        return (causal_logits if self.predict == "next" else own_logits)(model, batch)
+        return (causal_logits if self.predict == "next" else own_logits)(model, batch, self._arithmetic)
 
     def judge(self, found: Predictions, batch: Batch) -> Objective:
         """Summed cross-entropy of the next, or the hidden, tokens; the weight is how many there are."""
