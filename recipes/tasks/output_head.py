@@ -24,7 +24,7 @@ __all__ = ["Arithmetic", "OutputHead", "before_head", "find_head"]
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_soft_cap")  # what configurations call a soft cap
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier")  # some multiply by it, others divide
-TRIED = 64  # tokens of the example that is tried
+TRIED = 16  # tokens of the example that is tried
 STRETCH = (1.0, 16.0)  # by what its hidden states are multiplied
 ROUNDING = 4  # units in the last place of the largest logit, by which two ways may differ
 
