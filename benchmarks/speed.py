@@ -2,9 +2,9 @@
 
     python benchmarks/speed.py [--data quartz chitchat] [--steps 5] [--rounds 2] [--precision fp32] [--out FILE.md]
 
-The rows of each step are tokenised once, and both sides start from the same A and B. They run in turn, each in a process
-of its own (A B A B ...), on nothing but the steps: what is quoted is the median over rounds of the ratio of median step
-times. A first process says what memory the loaded base takes; peaks are above that.
+The rows of each step are tokenised once, and both sides start from the same A and B. They run in turn, each in a
+process of its own (A B A B ...), on nothing but the steps: what is quoted is the median over rounds of the ratio of
+median step times. A first process says what memory the loaded base takes; peaks are above that.
 """
 
 import argparse
@@ -211,12 +211,12 @@ def page(rows: list[str], arguments: str) -> str:
     lines = [
         "# Steps beside trl + PEFT",
         "",
-        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows a step",
-        f"(trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process above the loaded base, in GB;",
-        "`apart` is the largest difference of two losses of a step.",
+        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows a",
+        f"step (trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process above",
+        "the loaded base, in GB; `apart` is the largest difference of two losses of a step.",
         "",
-        "| data | precision | onegpu s | tokens/s | GB | trl s | tokens/s | GB | times as fast | of its memory | apart |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | precision | onegpu s | tokens/s | GB | trl s | tokens/s | GB | times as fast | memory | apart |",
+        f"|{' --- |' * 11}",
         *rows,
         "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores; {versions} at {commit}.",

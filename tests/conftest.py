@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import string
+import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may ask a hub
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is: threads that wait for other workers' are far slower than one
@@ -19,6 +20,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -52,6 +56,44 @@ TINY_BERT: dict[str, Any] = {
 }
 
 Noise = Callable[[dict[str, torch.nn.Parameter]], None]
+
+
+class LiveTensors(TorchDispatchMode):
+    """Sees every tensor that is computed inside the block: forward, backward and all between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width  # of a vocabulary
+        self.widest = 0  # numbers in the largest tensor with that many columns
+        self.bytes = self.peak = 0  # of what was made inside and is still there; the most at once
+        self._seen = weakref.WeakSet[torch.UntypedStorage]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._note(tensor, old=tensor.untyped_storage().data_ptr() in given)
+        return made
+
+    def _note(self, tensor: Tensor, *, old: bool) -> None:
+        if tensor.shape[-1:] == (self.width,) and not old:
+            self.widest = max(self.widest, tensor.numel())
+        storage = tensor.untyped_storage()
+        if not old and storage not in self._seen:
+            self._seen.add(storage)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, count: int) -> None:
+        self.bytes -= count
+
+
+@pytest.fixture
+def live_tensors() -> type[LiveTensors]:
+    """`with live_tensors(width=64) as live`: how large the tensors were that were made inside."""
+    return LiveTensors
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ class CausalTask(PackedTask, AnsweringTask):
         return text_measures(self.metrics) | {"loss": "lower", "token_accuracy": "higher", "perplexity": "lower"}
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
-        return causal_logits(model, batch)
+        return causal_logits(model, batch, self._arithmetic)
 
     def judge(self, found: Predictions, batch: Batch) -> Objective:
         """Summed cross-entropy of the supervised tokens, in float32; the weight is how many there are."""

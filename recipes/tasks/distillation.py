@@ -35,6 +35,7 @@ from onegpu.adapters.registry import entries, find, load
 from onegpu.adapters.specs import split
 from onegpu.adapters.validation import Fault, faults
 
+from .chunks import Divergence
 from .contract import (
     Batch,
     Direction,
@@ -48,6 +49,7 @@ from .contract import (
     Task,
     Traits,
 )
+from .tokens import HiddenPredictions
 
 __all__ = ["BASE", "Distillation", "divergence"]
 
@@ -73,7 +75,8 @@ class Distillation(Task):
     weight: float = Field(default=0.5, ge=0, le=1)
     """Share of the teacher's term; the rest is the task's own loss."""
 
-    _inner: PredictiveTask = PrivateAttr()
+    _inner: PredictiveTask = PrivateAttr()  # as the student is trained on it
+    _untried: PredictiveTask = PrivateAttr()  # as any model can say what it predicts, such as the teacher
 
     @field_validator("task", mode="before", json_schema_input_type=str | dict[str, Any])
     @classmethod
@@ -88,7 +91,7 @@ class Distillation(Task):
 
     def model_post_init(self, context: Any) -> None:
         ((name, settings),) = self.task.items()
-        self._inner = _built(name, settings, {shared: getattr(self, shared) for shared in SHARED})
+        self._inner = self._untried = _built(name, settings, {shared: getattr(self, shared) for shared in SHARED})
 
     @property
     def inner(self) -> PredictiveTask:
@@ -105,7 +108,7 @@ class Distillation(Task):
 
     def refer(self, model: nn.Module, batch: Batch) -> Batch:
         """`teacher`: (supervised, outputs) logits, in the order in which the student's are judged."""
-        return {"teacher": self.inner.predictions(model, batch).logits}
+        return {"teacher": self._untried.predictions(model, batch).logits}
 
     def objective(self, model: nn.Module, batch: Batch) -> Objective:
         """The two terms as sums over the same places; the weight is that of the inner task."""
@@ -148,9 +151,8 @@ class Distillation(Task):
         return self.inner.encode(number, row, reader)
 
     def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Task, str]:
-        """As the inner task is, where teacher and student are one model."""
-        if self.teacher != BASE:
-            return self, ""
+        """As the inner task is; packed where teacher and student are one model."""
+        packing = packing and self.teacher == BASE
         inner, remark = self.inner.suited(model, example, longest=longest, pad=pad, packing=packing)
         assert isinstance(inner, PredictiveTask), type(inner)
         task = self.model_copy()
@@ -200,6 +202,8 @@ def divergence(teacher: Tensor, found: Predictions, temperature: float) -> Tenso
             shorter one is no token, and is left out.
         found: what the student says.
     """
+    if isinstance(found, HiddenPredictions):
+        return found.over(Divergence(teacher, temperature))[:, 0].sum()
     shared = min(teacher.shape[-1], found.logits.shape[-1])
     theirs, ours = teacher[:, :shared] / temperature, found.logits[:, :shared] / temperature
     match found.meaning:

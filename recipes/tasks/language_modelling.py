@@ -135,7 +135,7 @@ class LanguageModelling(PackedTask):
         return self.predict == "next"
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
-        return (causal_logits if self.predict == "next" else own_logits)(model, batch)
+        return (causal_logits if self.predict == "next" else own_logits)(model, batch, self._arithmetic)
 
     def judge(self, found: Predictions, batch: Batch) -> Objective:
         """Summed cross-entropy of the next, or the hidden, tokens; the weight is how many there are."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from onegpu.adapters.segments import cannot_pack, packed_attention, segments_of
 
-from .contract import IGNORED, SEGMENTS, Batch, Example, PredictiveTask, attention_mask, model_inputs, padded
+from .contract import IGNORED, SEGMENTS, Batch, Example, attention_mask, model_inputs, padded
 from .conversations import common_length
+from .tokens import TokenTask
 
 __all__ = ["PackedTask", "packed_batch", "token_batch"]
 
@@ -27,7 +28,7 @@ TRIED = 64  # tokens of an example that a trial takes
 ROUNDING = 16  # units in the last place by which logits may differ between two ways of computing them
 
 
-class PackedTask(PredictiveTask):
+class PackedTask(TokenTask):
     """A task of causal models whose examples have a label for each token."""
 
     packing: bool = True
@@ -45,18 +46,18 @@ class PackedTask(PredictiveTask):
     def packs(self) -> bool:
         return self._packed
 
-    def suited(
-        self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool
-    ) -> tuple[PredictiveTask, str]:
+    def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Self, str]:
         """Packs where this model can."""
+        task, remark = super().suited(model, example, longest=longest, pad=pad, packing=packing)
         if not self.packing or not self.causal():
-            return self, ""
-        reason = cannot_pack(model, longest) if packing else "an adapter mixes what is in a row"
+            return task, remark
+        reason = cannot_pack(model, longest) if packing else "an adapter or a teacher would mix what is in a row"
         reason = reason or _tried(model, example, pad)
         if reason:
-            return self, f"rows are padded to one length, not packed: {reason}"
+            return task, _together(f"rows are padded to one length, not packed: {reason}", remark)
         shares = not _draws(model, example, pad)
-        return self._packing(shares), "rows are packed" + (", and what several begin with is read once" * shares)
+        what = "rows are packed" + ", and what several begin with is read once" * shares
+        return task._packing(shares), _together(what, remark)
 
     def _packing(self, shares: bool) -> Self:
         task = self.model_copy()
@@ -68,6 +69,10 @@ class PackedTask(PredictiveTask):
 
     def at_work(self, model: nn.Module) -> AbstractContextManager[None]:
         return packed_attention(model) if self._packed else nullcontext()
+
+
+def _together(*remarks: str) -> str:
+    return "; ".join(remark for remark in remarks if remark)
 
 
 def token_batch(examples: Sequence[Example], pad: int) -> Batch:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from .answering import generate_texts
 from .chat import answer
-from .contract import IGNORED, Batch, Direction, Example, Objective, Reader, Row, RowProblem, Task
+from .contract import IGNORED, Batch, Direction, Example, Objective, Reader, Row, RowProblem, Task, model_inputs
+from .output_head import Arithmetic, find_head
 from .pairs import PairExample, Said, collated, continued, fitted, marked, pair_scores, prompt_ids, read_pair, said
 from .preference_losses import READS, Loss, Strengths, compared, kto_loss, needs_reference, pair_loss
 from .shared_prompts import cannot_share, joined, sequence_logps, supervised_tokens
+from .tokens import at_once
 
 __all__ = ["JudgedExample", "Preference"]
 
@@ -71,6 +73,7 @@ class Preference(Task):
     """Read a prompt once for both of its completions, where the model's attention allows it; read by all but `kto`."""
 
     _joined: bool = PrivateAttr(default=False)  # a pair is one row: see shared_prompts.py
+    _arithmetic: Arithmetic | None = PrivateAttr(default=None)  # of a head whose logits are made in chunks
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
@@ -113,16 +116,20 @@ class Preference(Task):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Task, str]:
-        """Reads prompts once where this model can."""
-        if self.loss == "kto" or not self.share_prompt:
-            return self, ""
-        (pair,) = _judged([example])
-        reason = cannot_share(model, pair, longest, pad) if packing else "an adapter mixes what is in a row"
-        if reason:
-            return self, f"each prompt is read twice, once for each completion: {reason}"
-        task = self.model_copy()
-        task._joined = True
-        return task, "each prompt is read once for both of its completions"
+        """Reads prompts once where this model can, and makes logits in chunks where they can be."""
+        found = find_head(model, model_inputs(self.collate([example], pad)))
+        task, remarks = self.model_copy(), []
+        if isinstance(found, Arithmetic):
+            task._arithmetic = found
+        else:
+            remarks.append(at_once(found))
+        if self.loss != "kto" and self.share_prompt:
+            (pair,) = _judged([example])
+            reason = cannot_share(model, pair, longest, pad) if packing else "an adapter mixes what is in a row"
+            task._joined = not reason
+            twice = f"each prompt is read twice, once for each completion: {reason}"
+            remarks.insert(0, twice if reason else "each prompt is read once for both of its completions")
+        return task, "; ".join(remarks)
 
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         """KTO: each prompt with the completion of its neighbour in the window, the one before it as in trl.
@@ -162,7 +169,7 @@ class Preference(Task):
 
     def refer(self, model: nn.Module, batch: Batch) -> Batch:
         """`reference`: (2 · batch,) log-probability of each sequence."""
-        return {"reference": sequence_logps(model, batch)} if self.refers() else {}
+        return {"reference": sequence_logps(model, batch, self._arithmetic)} if self.refers() else {}
 
     def surveys(self) -> int:
         """KTO's baseline is of the whole window: a sum and a count."""
@@ -172,7 +179,7 @@ class Preference(Task):
         """Over mismatched completions: the sum of log π/π_ref, and how many there are."""
         others = _half(batch, 1)
         there = (others["labels"] != IGNORED).any(1)
-        ratios = sequence_logps(model, others).detach().double() - others["reference"].double()
+        ratios = sequence_logps(model, others, self._arithmetic).detach().double() - others["reference"].double()
         return torch.stack([ratios[there].sum(), there.sum().double()])
 
     def objective(self, model: nn.Module, batch: Batch) -> Objective:
@@ -181,7 +188,7 @@ class Preference(Task):
 
     def _pair_losses(self, model: nn.Module, batch: Batch) -> Objective:
         tokens = supervised_tokens(batch)  # (2 · batch,)
-        logps = sequence_logps(model, batch)
+        logps = sequence_logps(model, batch, self._arithmetic)
         chosen, rejected = compared(self.loss, logps, batch.get("reference"), tokens).chunk(2)
         likelihood = (logps / tokens).chunk(2)[0]
         losses = pair_loss(self.loss, (chosen, rejected), likelihood, self._strengths())
@@ -195,7 +202,7 @@ class Preference(Task):
     def _single_losses(self, model: nn.Module, batch: Batch) -> Objective:
         own, beta = _half(batch, 0), self._strengths().beta
         desirable, (total, count) = batch["desirable"].bool(), batch["window"]
-        scores = sequence_logps(model, own) - own["reference"]
+        scores = sequence_logps(model, own, self._arithmetic) - own["reference"]
         # An estimate of a divergence may be negative, which a divergence is not.
         baseline = (total / count.clamp(min=1)).clamp(min=0).to(scores.dtype)
         losses = kto_loss(scores, desirable, baseline, beta)

@@ -28,11 +28,12 @@ from .contract import (
     RowProblem,
     TooLong,
     attention_mask,
+    model_inputs,
     padded,
 )
 from .lengths import refuse_too_long
 from .texts import around, read_text, token_ids
-from .tokens import own_logits, token_objective, token_scores
+from .tokens import TokenTask, own_logits, token_objective, token_scores
 
 __all__ = ["Pair", "SequenceToSequence"]
 
@@ -49,7 +50,7 @@ class Pair(AnswerExample):
         return len(self.ids) + len(self.labels)
 
 
-class SequenceToSequence(AnsweringTask):
+class SequenceToSequence(TokenTask, AnsweringTask):
     """Fine-tune an encoder-decoder (T5, BART, two encoders) to write the target where it reads the source."""
 
     api = 1
@@ -115,12 +116,15 @@ class SequenceToSequence(AnsweringTask):
             "labels": padded([e.labels for e in examples], IGNORED),
         }
 
-    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+    def reads(self, model: nn.Module, batch: Batch) -> Batch:
         """The decoder needs no mask of its own: it looks to the left only, where no padding is."""
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift is None:
             raise RecipeError(f"{type(model).__name__} does not say where its decoder starts, so it cannot be trained")
-        return own_logits(model, batch | {"decoder_input_ids": shift(batch["labels"])})
+        return model_inputs(batch) | {"decoder_input_ids": shift(batch["labels"])}
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        return own_logits(model, batch | self.reads(model, batch), self._arithmetic)
 
     def judge(self, found: Predictions, batch: Batch) -> Objective:
         """Summed cross-entropy of the target's tokens, in float32; the weight is how many there are."""

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .contract import IGNORED, Batch
+from .contract import IGNORED, Batch, Predictions
 from .conversations import common_length
+from .output_head import Arithmetic, OutputHead, before_head
 from .pairs import PairExample, collated
-from .tokens import causal_logits
+from .tokens import HiddenPredictions, causal_logits, selected, surprises
 
 __all__ = ["cannot_share", "joined", "sequence_logps", "supervised_tokens"]
 
@@ -76,41 +76,56 @@ def attention(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, torch.zeros_like(blocked), blocked)[:, None]
 
 
-def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:  # (sequences,) float32
-    """log π(y|x): the summed log-probability of the supervised tokens of each sequence, chosen ones first."""
+def sequence_logps(model: nn.Module, batch: Batch, arithmetic: Arithmetic | None = None) -> Tensor:
+    """log π(y|x): the summed log-probability of the supervised tokens of each sequence, chosen ones first.
+
+    Args:
+        arithmetic: of the model's head, where it is known: then logits are made in chunks.
+
+    Returns:
+        (sequences,), float32.
+    """
     if "parts" in batch:
-        return _joined_logps(model, batch)
-    found = causal_logits(model, batch)
-    return _row_sums(found.logits, batch["labels"][:, 1:])
+        return _joined_logps(model, batch, arithmetic)
+    return _row_sums(causal_logits(model, batch, arithmetic), batch["labels"][:, 1:])
 
 
-def _joined_logps(model: nn.Module, batch: Batch) -> Tensor:  # (2 · pairs,) float32
+def _joined_logps(model: nn.Module, batch: Batch, arithmetic: Arithmetic | None) -> Tensor:  # (2 · pairs,) float32
     prompt, chosen, rejected = batch["widths"].tolist()
     # The last column of the prompt predicts the first token of both; the last of a part predicts nothing.
     start, between, end = prompt - 1, prompt + chosen - 1, prompt + chosen + rejected - 1
     kept = [*range(start, between), *range(between + 1, end)]
-    logits = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        attention_mask=attention(batch["parts"], _dtype(model)),
-        use_cache=False,
-        logits_to_keep=torch.tensor(kept, device=batch["input_ids"].device),
-    ).logits  # (pairs, kept, vocabulary)
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": attention(batch["parts"], _dtype(model)),
+        "use_cache": False,
+    }
+    if arithmetic is None:
+        columns = torch.tensor(kept, device=batch["input_ids"].device)
+        said = model(**inputs, logits_to_keep=columns).logits  # (pairs, kept, vocabulary)
+    else:
+        said = before_head(model, inputs)[:, kept]  # (pairs, kept, hidden)
     labels = batch["labels"]
-    first = logits[:, :chosen], labels[:, prompt : prompt + chosen]
-    second = torch.cat([logits[:, :1], logits[:, chosen:]], 1), labels[:, prompt + chosen :]
-    return torch.cat([_row_sums(said[wanted != IGNORED].float(), wanted) for said, wanted in (first, second)])
+    first = said[:, :chosen], labels[:, prompt : prompt + chosen]
+    second = torch.cat([said[:, :1], said[:, chosen:]], 1), labels[:, prompt + chosen :]
+    head = None if arithmetic is None else OutputHead.of(model, arithmetic)
+    return torch.cat([_row_sums(_found(part, wanted, head), wanted) for part, wanted in (first, second)])
 
 
-def _row_sums(logits: Tensor, labels: Tensor) -> Tensor:
+def _found(said: Tensor, labels: Tensor, head: OutputHead | None) -> Predictions:
+    return selected(said, labels) if head is None else HiddenPredictions(said, head, labels)
+
+
+def _row_sums(found: Predictions, labels: Tensor) -> Tensor:
     """Summed log-probability of each row's labels.
 
     Args:
-        logits: (supervised, vocabulary) float32, row by row.
+        found: of the supervised labels, row by row.
         labels: (rows, tokens), IGNORED where nothing is supervised.
     """
     supervised = labels != IGNORED
-    logps = -F.cross_entropy(logits, labels[supervised], reduction="none")
+    logps = -surprises(found)
     # The supervised tokens come row by row. Not index_add, whose sums differ from run to run on CUDA.
     return torch.zeros_like(supervised, dtype=logps.dtype).masked_scatter(supervised, logps).sum(1)
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from onegpu.adapters import PluginError, RecipeError
 from onegpu.recipes import parse_recipe
-from onegpu.recipes.tasks import Example, Predictions, Reader, Task
+from onegpu.recipes.tasks import Example, Predictions, Reader, Task, chunks
 from onegpu.recipes.tasks.distillation import Distillation, divergence
 
 Row = dict[str, Any]
@@ -27,6 +27,7 @@ LABELS = ["money", "sports", "weather"]
 TAGS = ["O", "B-ANIMAL", "I-ANIMAL"]
 CASES: dict[str, Row] = {
     "tokens": {"chat": {"label_smoothing": 0.1}},
+    "tokens in chunks": {"chat": {"label_smoothing": 0.1}},
     "tags": {"tagging": {"supervise": "all"}},
     "class": {"classification": {"label_smoothing": 0.1}},
     "weighted class": {"classification": {"class_weight": {"money": 2.0, "weather": 0.5}}},
@@ -46,6 +47,14 @@ class Case:
         self.task = task
         self.student, self.teacher = models
         self.examples = [example for i, row in enumerate(rows) for example in task.encode(i, row, reader)]
+
+    def in_chunks(self) -> "Case":
+        """The same, as the student's head allows it."""
+        found, remark = self.task.suited(self.student, self.examples[0], longest=64, pad=0, packing=True)
+        assert isinstance(found, Distillation)
+        assert (found is self.task, remark) == (False, "")
+        self.task = found
+        return self
 
     def window(self, size: int) -> tuple[float, Tensor]:
         """Loss and gradient of all examples in batches of a size, through the verbs as the loop calls them."""
@@ -73,6 +82,11 @@ class Case:
         return logits[labels != -100]
 
 
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chunks.over_chunks.__kwdefaults__, "chunk", 1)
+
+
 def gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -83,8 +97,9 @@ def case(chat_base: Path, class_base: Path, rows: list[Row], texts: list[Row], r
 
     def build(name: str, **settings: Any) -> Case:
         task = _task(CASES[name], **settings)
-        if name == "tokens":
-            return Case(task, _two(AutoModelForCausalLM, chat_base), rows, reader)
+        if name.startswith("tokens"):
+            found = Case(task, _two(AutoModelForCausalLM, chat_base), rows, reader)
+            return found.in_chunks() if name == "tokens in chunks" else found
         tokenizer = AutoTokenizer.from_pretrained(class_base)
         if name == "tags":
             tagged = [{"tokens": (w := r["text"].split()), "tags": [TAGS[i % 3] for i in range(len(w))]} for r in texts]
@@ -186,6 +201,17 @@ def test_the_teacher_says_something_of_supervised_places_only(case: Callable[...
     said = found.task.refer(found.teacher, batch)["teacher"]
     assert said.shape == (sum(example.supervised for example in found.examples), 258)
     assert said.shape[0] < batch["labels"].numel() / 3
+
+
+def test_the_student_has_logits_of_a_chunk_only(case: Callable[..., Case], live_tensors: Callable[..., Any]) -> None:
+    found = case("tokens in chunks")
+    batch = found.task.collate(found.examples, 0)
+    with torch.no_grad():
+        batch |= found.task.refer(found.teacher, batch)
+    assert len(batch["teacher"]) > 3 * chunks.FEWEST
+    with live_tensors(width=258) as live:
+        found.task.objective(found.student, batch).total.backward()
+    assert live.widest == chunks.FEWEST * 258
 
 
 def test_what_is_behind_the_shorter_of_two_vocabularies_is_left_out() -> None:

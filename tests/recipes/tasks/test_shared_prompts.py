@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from onegpu.adapters import attach
-from onegpu.recipes.tasks import Batch
+from onegpu.recipes.tasks import Batch, chunks
+from onegpu.recipes.tasks.output_head import Arithmetic
 from onegpu.recipes.tasks.pairs import PairExample, collated
 from onegpu.recipes.tasks.preference import JudgedExample, Preference
 from onegpu.recipes.tasks.shared_prompts import attention, cannot_share, joined, sequence_logps, supervised_tokens
@@ -178,10 +179,47 @@ def test_every_loss_of_pairs_is_the_same(loss: Any) -> None:
 def test_an_adapter_that_mixes_what_is_in_a_row_prevents_it() -> None:
     task = Preference(data="rows.jsonl")
     same, remark = task.suited(_model(CONFIGS["llama"]), PAIRS[0], longest=20, pad=PAD, packing=False)
-    assert same is task
+    assert "parts" not in same.collate(PAIRS, PAD)
     assert remark == "each prompt is read twice, once for each completion: an adapter mixes what is in a row"
 
 
 def test_a_recipe_can_do_without() -> None:
     task = Preference(data="rows.jsonl", share_prompt=False)
-    assert task.suited(_model(CONFIGS["llama"]), PAIRS[0], longest=20, pad=PAD, packing=True) == (task, "")
+    same, remark = task.suited(_model(CONFIGS["llama"]), PAIRS[0], longest=20, pad=PAD, packing=True)
+    assert "parts" not in same.collate(PAIRS, PAD)
+    assert remark == ""
+
+
+@pytest.mark.parametrize(("loss", "share_prompt"), [("dpo", True), ("dpo", False), ("kto", True)])
+def test_where_the_head_is_not_known_all_logits_are_made_at_once(loss: Any, share_prompt: bool) -> None:
+    """A head that adds something behind the output embeddings."""
+    model: Any = _model(CONFIGS["llama"])
+    model.register_forward_hook(lambda module, args, output: output | {"logits": output.logits + 1})
+    task = Preference(data="rows.jsonl", loss=loss, share_prompt=share_prompt)
+    _, remark = task.suited(model, PAIRS[0], longest=20, pad=PAD, packing=True)
+    assert "all logits of a batch are made at once: it changes what its output embeddings give" in remark
+    assert ("each prompt is read once" in remark) == (share_prompt and loss == "dpo")
+
+
+def test_log_probabilities_in_chunks_are_those_of_all_logits(live_tensors: Any, monkeypatch: Any) -> None:
+    """Of pairs in one row and in two, in value and gradient; nothing is larger than a chunk."""
+    monkeypatch.setitem(chunks.over_chunks.__kwdefaults__, "chunk", 1)
+    model = _model(LlamaConfig(**LLAMA | {"vocab_size": 70}))  # as wide as nothing else
+    stack = attach(model, [{"lora": {"rank": 4}}])
+    for tensor in stack.trainable().values():
+        torch.nn.init.normal_(tensor, std=0.1)
+    sequences = (
+        [e.ids for e in PAIRS] + [e.other_ids for e in PAIRS],
+        [e.labels for e in PAIRS] + [e.other_labels for e in PAIRS],
+    )
+    for batch in (joined(PAIRS * 4, PAD), collated(*(part * 4 for part in sequences), PAD)):
+        found = []
+        for arithmetic in (None, Arithmetic()):
+            with live_tensors(width=70) as live:
+                logps = sequence_logps(model, batch, arithmetic)
+                gradient = torch.autograd.grad(logps.square().sum(), list(stack.trainable().values()))
+            found.append((logps, torch.cat([g.flatten() for g in gradient])))
+        torch.testing.assert_close(*(logps for logps, _ in found), rtol=1e-5, atol=1e-5)
+        (_, dense), (_, chunked) = found
+        assert (chunked - dense).norm() <= 1e-5 * dense.norm()
+        assert live.widest == chunks.FEWEST * 70
