@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -259,13 +260,36 @@ def _evaluate(s: Session) -> None:
     text = "  ".join(f"{name} {scores[name]:.4f}" for name in shown(s.task, scores))
     s.display.line(f"step {s.step}", f"held-out {text}")
     if s.step > 0 and s.selection.look(s.step, scores) and s.accelerator.is_main_process:
-        with atomic_folder(s.folder.best(s.step)) as partial:
-            s.save_adapter(partial / "adapter")
-            seal(partial)
+        _write_best(s)
+
+
+def _write_best(s: Session) -> None:
+    """Write the adapter as it is now, read it back, load it again; only then it is one to come back to."""
+    unproved = s.folder.unproved(s.step)
+    with atomic_folder(unproved) as partial:
+        s.save_adapter(partial / "adapter")
+        seal(partial)
+    with _kept_aside(s, unproved):
+        s.prove(unproved / "adapter")
+    move(unproved, s.folder.best(s.step))
+
+
+@contextmanager
+def _kept_aside(s: Session, unproved: Path) -> Iterator[None]:
+    """Say where it is what a proof inside the block found to be wrong."""
+    try:
+        yield
+    except ProofFailed as cause:
+        raise ProofFailed(f"step {s.step}: {cause} (kept aside as {unproved})") from cause
 
 
 def keep_best(s: Session) -> None:
-    """Go back to the adapter of the best evaluation, where the recipe wants it."""
+    """Go back to the adapter of the best evaluation, where the recipe wants it.
+
+    Raises:
+        ArtefactError: it was damaged since it was written.
+        ProofFailed: what is live afterwards is not what was written.
+    """
     if s.selection.step is None:
         return
     s.accelerator.wait_for_everyone()
@@ -273,6 +297,10 @@ def keep_best(s: Session) -> None:
     if fault := damage(folder):
         raise ArtefactError(f"{folder} was damaged since it was written: {fault}. Go on with --resume")
     artefact.fill(s.stack, folder / "adapter")
+    try:
+        artefact.confirm(s.stack, folder / "adapter")
+    except ArtefactError as cause:
+        raise ProofFailed(f"the adapter of step {s.selection.step} did not come back as it was: {cause}") from cause
     ended = f"stopped after step {s.step}; " if s.selection.exhausted else ""
     s.display.line(
         "best",
@@ -287,7 +315,7 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
     if s.accelerator.is_main_process:
         unproved = s.folder.unproved(s.step)
         s.folder.flush_records()
-        try:
+        with _kept_aside(s, unproved):
             write_checkpoint(
                 unproved,
                 stack=s.stack,
@@ -298,8 +326,6 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
                 progress=progress or s.progress(),
             )
             s.prove(unproved / "adapter")
-        except ProofFailed as cause:
-            raise ProofFailed(f"step {s.step}: {cause} (kept aside as {unproved})") from cause
         move(unproved, s.folder.checkpoint(s.step))
         s.folder.drop_old_checkpoints()
     s.accelerator.wait_for_everyone()
