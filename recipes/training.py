@@ -28,7 +28,7 @@ from .checkpoints import random_states, write_checkpoint
 from .data.batches import Plan, micro_batches
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
-from .proofs import explain_cut, explain_non_finite, first_bad_gradient, frozen_base
+from .proofs import Untrained, explain_cut, explain_non_finite, first_bad_gradient, frozen_base
 from .runfolder import RunFolder
 from .schema import Train
 from .selection import Selection
@@ -113,7 +113,7 @@ def train(s: Session) -> str:
         with s.stack.base_only():
             _evaluate(s)
     s.model.train()
-    base_seen = False
+    base_seen, untrained = False, Untrained.of(s.stack)
     with asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
         while s.step < s.steps and not s.selection.exhausted:
             began = time.perf_counter()
@@ -134,6 +134,7 @@ def train(s: Session) -> str:
             if proof.judged and not base_seen:
                 base_seen = True
                 frozen_base(s.stack, s.base)  # once in a process: it reads every byte of the base
+                untrained.check(s.stack)
             s.schedule.step()
             s.optimizer.zero_grad()
             s.step += 1
@@ -163,6 +164,7 @@ def train(s: Session) -> str:
         if not s.selection.exhausted:
             _evaluate(s)
         frozen_base(s.stack, s.base)
+        untrained.check(s.stack)
         if _anyone(s, asked):
             _checkpoint(s, before)  # the last evaluation will be done again, and changes nothing
             raise Interrupted(_interrupted(s))
