@@ -484,7 +484,9 @@ def test_a_tensor_has_three_steps_to_move(stack: Stack) -> None:
     proof = _proof(stack)
     for _ in range(2):
         _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
-    with pytest.raises(ProofFailed, match=r"layers.1.mlp.up_proj.lora_B.lora had a gradient and did not move in 3"):
+    with pytest.raises(
+        ProofFailed, match=r"layers.1.mlp.up_proj.lora_B.lora had a gradient and did not move at .* in 3"
+    ):
         _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
 
 
