@@ -236,6 +236,10 @@ class Attachment:
         """Trainable tensors that need not have a gradient in the step to come: the step proof passes over them."""
         return frozenset()
 
+    def may_change(self) -> frozenset[str]:
+        """Buffers and frozen tensors of its own that change in training, by their names in `model`; no other may."""
+        return frozenset()
+
     def gradient_floors(self) -> Mapping[str, float]:
         """Norms that the gradient of a tensor must reach in the step proof, by name; above zero where left out."""
         return {}

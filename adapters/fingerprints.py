@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .frozen_linear import PackedWeight
 from .structure import head_modules, modules, unwrap
 
-__all__ = ["Fingerprint", "differences", "fingerprint"]
+__all__ = ["Fingerprint", "base_tensors", "differences", "fingerprint", "tensor_digest"]
 
 # Settings that say how a model is run, labelled or stored, not what it is; a Trainer sets special tokens as its
 # tokenizer has them.
@@ -55,7 +55,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """Fingerprint the base under whatever is attached to it: heads and adapters are left out."""
     config = getattr(model, "config", None)
     content = _content(config.to_dict() if config else {})
-    tensors = {name: _print(tensor, storage) for name, tensor, storage in _base_tensors(model)}
+    tensors = {name: _print(tensor, storage) for name, tensor, storage in base_tensors(model)}
     return Fingerprint(config=_digest(json.dumps(content, sort_keys=True, default=str).encode()), tensors=tensors)
 
 
@@ -100,7 +100,8 @@ def _same_rounded(one: TensorPrint, other: TensorPrint) -> bool:
     return one.rounded == other.rounded
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """Every tensor of the base under whatever is attached to it: logical name, tensor, how it is stored."""
     heads = head_modules(model)
     unpacked = (p for _, m in modules(model) for p in unwrap(m).parameters(recurse=False) if p.is_floating_point())
     packed_from = _name_of_dtype(next(unpacked, torch.empty(0)))  # the first is the token embedding
@@ -132,15 +133,16 @@ def _by_stem(prints: Mapping[str, TensorPrint]) -> dict[str, dict[str, TensorPri
 
 
 def _print(tensor: Tensor, storage: str) -> TensorPrint:
-    exact = _tensor_digest(tensor)
+    exact = tensor_digest(tensor)
     if not tensor.is_floating_point():
         return TensorPrint(storage=storage, exact=exact)
-    rounded = exact if tensor.dtype == torch.bfloat16 else _tensor_digest(tensor.to(torch.bfloat16))
+    rounded = exact if tensor.dtype == torch.bfloat16 else tensor_digest(tensor.to(torch.bfloat16))
     norm = float(f"{tensor.detach().float().norm().item():.5g}")
     return TensorPrint(storage=storage, exact=exact, rounded=rounded, norm=norm)
 
 
-def _tensor_digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest of the shape and the bytes of a tensor."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return _digest(str(tuple(tensor.shape)).encode(), flat.numpy().data)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -29,7 +29,7 @@ class LayerwiseLR(Adapter):
     decay: float = Field(default=0.9, gt=0, le=1)
     """Rate of a layer as a share of the one above it."""
 
-    overrides: dict[str, float] = {}
+    overrides: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     """Multipliers for tensors by pattern over their names (`*.lora_B.*: 2.0`), in place of the layer's own."""
 
     def rates(self, rates: Mapping[str, Rate], layers: Layers) -> dict[str, Rate]:

@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from onegpu.adapters import Rate
+from onegpu.adapters import Rate, RecipeError
 
-from .schema import Train
+from .schema import HIGHEST_RATE, Train
 
-__all__ = ["Group", "groups_of", "make_optimizer", "make_schedule", "warmup_steps"]
+__all__ = ["Group", "groups_of", "make_optimizer", "make_schedule", "unreached_peak", "warmup_steps"]
 
 EIGHT_BIT_FROM = 4096  # elements; below, 8-bit state costs accuracy and saves nothing
 
@@ -47,7 +47,17 @@ def groups_of(trainable: Mapping[str, nn.Parameter], rates: Mapping[str, Rate]) 
 
 
 def make_optimizer(train: Train, groups: list[Group], trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser with one parameter group per `Group`, in the same order."""
+    """The optimiser with one parameter group per `Group`, in the same order.
+
+    Raises:
+        RecipeError: what adapters multiply the rate by makes it one that nothing could be trained with.
+    """
+    for group in groups:
+        if not 0 < (rate := train.learning_rate * group.rate.multiplier) <= HIGHEST_RATE:
+            raise RecipeError(
+                f"the rate of {group.names[0]} comes to {rate:.1e}, which trains nothing: change `learning_rate`, or "
+                "what multiplies it"
+            )
     settings: list[dict[str, Any]] = [
         {
             "params": [trainable[name] for name in group.names],
@@ -78,3 +88,15 @@ def make_schedule(train: Train, optimizer: torch.optim.Optimizer, steps: int) ->
 def warmup_steps(train: Train, steps: int) -> int:
     """Warm-up in optimiser steps."""
     return train.warmup if isinstance(train.warmup, int) else round(train.warmup * steps)
+
+
+def unreached_peak(settings: Train, steps: int) -> str:
+    """What a warm-up does that is not over when the run is."""
+    warm = warmup_steps(settings, steps)
+    if not steps or warm < steps:
+        return ""
+    highest = settings.learning_rate * (steps - 1) / warm
+    return (
+        f"the warm-up of {warm:,} steps ends after the run of {steps:,}: the highest rate is {highest:.1e}, "
+        f"and never the {settings.learning_rate:.1e} of train.learning_rate"
+    )

@@ -25,7 +25,7 @@ from .evaluation import on_device, shown
 from .facts import facts_of
 from .jobs import Job, preflight
 from .loading import Loaded
-from .optimisers import Group, groups_of, make_optimizer, make_schedule
+from .optimisers import Group, groups_of, make_optimizer, make_schedule, unreached_peak
 from .proofs import Probe, round_trip
 from .resident_proof import ResidentProof
 from .resuming import go_on
@@ -201,8 +201,9 @@ def _session(
     trained = sum(group.elements for group in groups)
     display.line("trains", f"{trained:,} of {parameters:,} parameters ({trained / parameters:.2%})")
     _describe_groups(groups, settings.learning_rate, display)
-    if remark:
-        display.line("note", remark)
+    for text in (remark, unreached_peak(settings, job.steps)):
+        if text:
+            display.line("note", text)
     if resuming is not None:
         go_on(session, facts, changed=resuming.changed, accept_changes=resuming.accept_changes)
     return session, save

@@ -6,12 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from onegpu.adapters.device import Precision
 
-__all__ = ["Best", "Recipe", "Train"]
+__all__ = ["HIGHEST_RATE", "Best", "Recipe", "Train"]
 
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]
 Count = Annotated[int, Field(ge=1)]
+HIGHEST_RATE = 1e30  # beyond any that trains, and below those that torch cannot apply (float32)
+POLYNOMIAL_END = 1e-7  # transformers' polynomial schedule goes down to this rate, whatever it starts from
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -50,13 +52,13 @@ class Train(_Strict):
     tokens_per_micro_batch: Count | None = None
     """Tokens per forward pass, in place of `micro_batch`; one longer example is a pass of its own."""
 
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0, le=HIGHEST_RATE)
     """Peak rate; adapters may scale it per tensor."""
 
     optimizer: Literal["adamw", "adamw-8bit", "sgd"] = "adamw"
     """`adamw-8bit` is bitsandbytes', which keeps tensors below 4,096 elements in 32 bits."""
 
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=HIGHEST_RATE)
     """Decoupled decay of matrices; vectors (biases, norms) have none."""
 
     clip: float | None = Field(default=1.0, gt=0)
@@ -94,6 +96,10 @@ class Train(_Strict):
             raise ValueError("give `micro_batch` or `tokens_per_micro_batch`, not both")
         if self.schedule == "constant" and self.warmup:
             raise ValueError("the schedule `constant` would ignore `warmup`; use `constant_with_warmup`")
+        if self.schedule == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"the schedule `polynomial` ends at {POLYNOMIAL_END}: `learning_rate` must be higher, or use `linear`"
+            )
         if self.best is not None and self.evaluate_every is None:
             raise ValueError("`best` compares evaluations: set `evaluate_every`")
         return self

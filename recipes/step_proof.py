@@ -18,6 +18,7 @@ JUDGED_STEPS = 3
 LISTED = 3  # modules
 WATCHED = 2**16  # elements of a tensor that are compared before and after a step
 NO_GRADIENT = "had no gradient"
+NONE_LEFT = "had a gradient of the loss, and none was left when the optimiser stepped (train.clip?)"
 
 
 @dataclass
@@ -43,6 +44,7 @@ class StepProof:
     _from_loss: set[str] = field(default_factory=set)
     _had_gradient: dict[str, str] = field(default_factory=dict)  # what was wrong with it; nothing for a good one
     _resting: frozenset[str] = frozenset()  # in this step
+    _rate: float = 0.0  # the highest of this step
     _judged: bool = False
     _flow: GradientFlow | None = None
     _shared: SharedTensors | None = None
@@ -95,6 +97,7 @@ class StepProof:
             return
         declared_trainable(self.stack, self.optimizer)
         self.stepped += 1
+        self._rate = rate
         resting = frozenset[str]().union(*(a.may_rest() for a in self.stack.attachments))
         floors = {name: floor for a in self.stack.attachments for name, floor in a.gradient_floors().items()}
         for name, parameter in self.stack.trainable().items():
@@ -111,7 +114,7 @@ class StepProof:
     def _lack(self, name: str, parameter: nn.Parameter, floor: float) -> str:
         """What is wrong with a gradient; nothing where it is as it should be."""
         if not _any(parameter.grad):
-            return NO_GRADIENT
+            return NONE_LEFT if name in self._from_loss else NO_GRADIENT
         if name not in self._from_loss:
             return "had a gradient of its adapter's own penalty only"
         norm = parameter.grad.norm().item() if parameter.grad is not None else 0.0
@@ -133,7 +136,7 @@ class StepProof:
                 self.proved.add(name)
                 self.suspects.pop(name, None)
             elif name not in self._resting:
-                self.suspects[name] = "had a gradient and did not move"
+                self.suspects[name] = f"had a gradient and did not move at rates up to {self._rate:.1e}"
         self._before, self._had_gradient = {}, {}
         if not self.pending:
             self._judge()

@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .checkpoints import random_states, write_checkpoint
 from .data.batches import Plan
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
-from .proofs import explain_cut, explain_non_finite, first_bad_gradient, frozen_base
+from .proofs import Untrained, explain_cut, explain_non_finite, first_bad_gradient, frozen_base
 from .runfolder import RunFolder
 from .schema import Train
 from .selection import Selection
@@ -112,7 +113,7 @@ def train(s: Session) -> str:
         with s.stack.base_only():
             _evaluate(s)
     s.model.train()
-    base_seen = False
+    base_seen, untrained = False, Untrained.of(s.stack)
     with asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
         while s.step < s.steps and not s.selection.exhausted:
             began = time.perf_counter()
@@ -133,6 +134,7 @@ def train(s: Session) -> str:
             if proof.judged and not base_seen:
                 base_seen = True
                 frozen_base(s.stack, s.base)  # once in a process: it reads every byte of the base
+                untrained.check(s.stack)
             s.schedule.step()
             s.optimizer.zero_grad()
             s.step += 1
@@ -162,6 +164,7 @@ def train(s: Session) -> str:
         if not s.selection.exhausted:
             _evaluate(s)
         frozen_base(s.stack, s.base)
+        untrained.check(s.stack)
         if _anyone(s, asked):
             _checkpoint(s, before)  # the last evaluation will be done again, and changes nothing
             raise Interrupted(_interrupted(s))
@@ -260,13 +263,36 @@ def _evaluate(s: Session) -> None:
     text = "  ".join(f"{name} {scores[name]:.4f}" for name in shown(s.task, scores))
     s.display.line(f"step {s.step}", f"held-out {text}")
     if s.step > 0 and s.selection.look(s.step, scores) and s.accelerator.is_main_process:
-        with atomic_folder(s.folder.best(s.step)) as partial:
-            s.save_adapter(partial / "adapter")
-            seal(partial)
+        _write_best(s)
+
+
+def _write_best(s: Session) -> None:
+    """Write the adapter as it is now, read it back, load it again; only then it is one to come back to."""
+    unproved = s.folder.unproved(s.step)
+    with atomic_folder(unproved) as partial:
+        s.save_adapter(partial / "adapter")
+        seal(partial)
+    with _kept_aside(s, unproved):
+        s.prove(unproved / "adapter")
+    move(unproved, s.folder.best(s.step))
+
+
+@contextmanager
+def _kept_aside(s: Session, unproved: Path) -> Iterator[None]:
+    """Say where it is what a proof inside the block found to be wrong."""
+    try:
+        yield
+    except ProofFailed as cause:
+        raise ProofFailed(f"step {s.step}: {cause} (kept aside as {unproved})") from cause
 
 
 def keep_best(s: Session) -> None:
-    """Go back to the adapter of the best evaluation, where the recipe wants it."""
+    """Go back to the adapter of the best evaluation, where the recipe wants it.
+
+    Raises:
+        ArtefactError: it was damaged since it was written.
+        ProofFailed: what is live afterwards is not what was written.
+    """
     if s.selection.step is None:
         return
     s.accelerator.wait_for_everyone()
@@ -274,6 +300,10 @@ def keep_best(s: Session) -> None:
     if fault := damage(folder):
         raise ArtefactError(f"{folder} was damaged since it was written: {fault}. Go on with --resume")
     artefact.fill(s.stack, folder / "adapter")
+    try:
+        artefact.confirm(s.stack, folder / "adapter")
+    except ArtefactError as cause:
+        raise ProofFailed(f"the adapter of step {s.selection.step} did not come back as it was: {cause}") from cause
     ended = f"stopped after step {s.step}; " if s.selection.exhausted else ""
     s.display.line(
         "best",
@@ -288,7 +318,7 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
     if s.accelerator.is_main_process:
         unproved = s.folder.unproved(s.step)
         s.folder.flush_records()
-        try:
+        with _kept_aside(s, unproved):
             write_checkpoint(
                 unproved,
                 stack=s.stack,
@@ -299,8 +329,6 @@ def _checkpoint(s: Session, progress: dict[str, Any] | None = None) -> None:
                 progress=progress or s.progress(),
             )
             s.prove(unproved / "adapter")
-        except ProofFailed as cause:
-            raise ProofFailed(f"step {s.step}: {cause} (kept aside as {unproved})") from cause
         move(unproved, s.folder.checkpoint(s.step))
         s.folder.drop_old_checkpoints()
     s.accelerator.wait_for_everyone()

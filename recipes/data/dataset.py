@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from onegpu.adapters import TASKS, DataError
+from onegpu.adapters import TASKS, DataError, OnegpuError
+from onegpu.adapters.errors import noted, together
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import entry_of
 
@@ -108,12 +109,16 @@ def gather(loaded: Loaded, trained: Trained | None = None) -> Gathered:
         RecipeError, DataError: see `read_rows` and `split`.
     """
     task, at = loaded.task, ("task", loaded.task_name)
-    with loaded.place(*at, "data"):
+    faults: list[OnegpuError] = []
+    rows = None
+    with noted(faults), loaded.place(*at, "data"):
         rows = _read(loaded, task.data, limit=task.limit)
     sides: dict[str, float | Rows | None] = {}
     for name in SIDES[1:]:
-        with loaded.place(*at, name):
+        with noted(faults), loaded.place(*at, name):
             sides[name] = _held_out(loaded, getattr(task, name))
+    if rows is None or faults:
+        raise together(faults)
     with loaded.place(*at, "evaluation"):
         cut = split(
             rows,

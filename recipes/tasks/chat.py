@@ -45,7 +45,7 @@ class Chat(CausalTask):
     """Fine-tune on conversations; loss on what the assistant says."""
 
     api = 1
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs = ("messages",)
     optional = ("tools",)
 

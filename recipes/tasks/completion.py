@@ -10,7 +10,7 @@ itself adds one; the end token is supervised.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -30,6 +30,7 @@ class Completion(CausalTask):
     """Fine-tune on prompts and how they go on; loss on the completion and its end."""
 
     api = 1
+    version: ClassVar[int] = 2
     needs = ("prompt", "completion")
 
     chat: bool = False

@@ -158,11 +158,14 @@ def check_says_all(tokenizer: Any) -> None:
 
 
 def check_template(tokenizer: Any, talk: Conversation) -> None:
-    """Check that the template writes what the conversation has of tools.
+    """Check that the template writes what the conversation has of tools, and what others say than the two sides.
 
     Raises:
         DataError: it leaves them out, so that the model would never see them.
     """
+    for role in {str(message["role"]): None for message in talk.messages}:
+        if role not in ("user", "assistant") and _ignores(tokenizer, talk, role):
+            raise DataError(f"the chat template leaves out what {role!r} says: use a base that reads it")
     if talk.tools and talk.ids(tokenizer) == render(tokenizer, talk.messages):
         raise DataError("the chat template ignores `tools`: use a base that knows tools, or drop the column")
     calling = [message for message in talk.messages if "tool_calls" in message]
@@ -170,6 +173,13 @@ def check_template(tokenizer: Any, talk: Conversation) -> None:
         bare = [{key: v for key, v in message.items() if key != "tool_calls"} for message in talk.messages]
         if talk.ids(tokenizer) == render(tokenizer, bare, tools=talk.tools):
             raise DataError("the chat template ignores `tool_calls`: use a base that knows tools")
+
+
+def _ignores(tokenizer: Any, talk: Conversation, role: str) -> bool:
+    """Whether it makes no difference to the tokens what a role says."""
+    said = [message for message in talk.messages if message["role"] == role and isinstance(message["content"], str)]
+    other = [m | {"content": f"{m['content']}?"} if m in said else m for m in map(dict, talk.messages)]
+    return bool(said) and talk.ids(tokenizer) == render(tokenizer, other, tools=talk.tools)
 
 
 # --- the assistant's turns --------------------------------------------------------------------------------------------
@@ -216,8 +226,19 @@ def assistant_spans(reader: Reader, talk: Conversation, ids: Sequence[int], *, l
                 f"{place}: the chat template does not end an answer with a stop token "
                 f"({tokenizer.decode(sorted(reader.stops))!r}), so the model would not learn to stop"
             )
+        if len(ends) > 1:
+            _refuse_stops_inside(reader, talk.messages[turn], place)
         spans.append((len(before), ends[-1] + 1))
     return spans
+
+
+def _refuse_stops_inside(reader: Reader, message: Message, place: str) -> None:
+    """A model that says this would be stopped before it has said all."""
+    said = message["content"]
+    inside = reader.stops.intersection(token_ids(reader.tokenizer, said)) if isinstance(said, str) else ()
+    if inside:
+        token = reader.tokenizer.decode(sorted(inside))
+        raise RowProblem(f"{place}: the answer holds {token!r}, at which the model stops, before its end")
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

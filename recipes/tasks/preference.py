@@ -10,7 +10,7 @@ The reference model is the same model with its adapters switched off: there is n
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -43,6 +43,7 @@ class Preference(Task):
     """Fine-tune on preferences: towards what was chosen, away from what was rejected."""
 
     api = 1
+    version: ClassVar[int] = 2
     kind = "causal-lm"
     example = JudgedExample
     needs = ()  # they depend on the loss; a row without them is a problem of the row

@@ -10,7 +10,7 @@ The model is a sequence classifier with one output, whose head is trained and sa
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,7 @@ class Reward(Task):
     """Train a reward model on pairs (Bradley and Terry)."""
 
     api = 1
+    version: ClassVar[int] = 2
     kind = "sequence-classification"
     has_head = True
     example = RewardExample

@@ -119,3 +119,9 @@ def test_an_optimiser_really_moves_layers_by_their_rates(llama: PreTrainedModel,
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(RecipeError, match=r"adapters\[0\].layerwise-lr.decay: must be"):
         build([{"layerwise-lr": {"decay": decay}}])
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_multiplier_that_trains_nothing_or_away_from_the_goal_is_refused(multiplier: float) -> None:
+    with pytest.raises(RecipeError, match=r"adapters\[0\]\.layerwise-lr\.overrides\.\*: must be"):
+        build([{"layerwise-lr": {"overrides": {"*": multiplier}}}])

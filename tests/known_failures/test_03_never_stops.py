@@ -27,6 +27,11 @@ OPEN_ENDED = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+# The end of an answer is written by the turn that follows, outside of what the assistant says.
+ENDED_BY_THE_NEXT = (
+    "{% for m in messages %}{% if not loop.first %}<|im_end|>{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_end|><|im_start|>assistant\n{% endif %}"
+)
 
 
 def test_every_end_is_supervised_and_no_padding_is(recipe: Recipe) -> None:
@@ -61,9 +66,12 @@ def test_what_was_learned_by_heart_ends_by_itself(
         assert tokenizer.decode(said) == f"{row['messages'][1]['content']}<|im_end|>"
 
 
-def test_a_template_that_does_not_end_an_answer_is_refused(recipe: Recipe, templated: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("template", [OPEN_ENDED, ENDED_BY_THE_NEXT], ids=["never", "outside the answer"])
+def test_a_template_that_does_not_end_an_answer_is_refused(
+    template: str, recipe: Recipe, templated: Callable[[str], Path]
+) -> None:
     with pytest.raises(DataError, match="does not end an answer with a stop token"):
-        preflight(recipe(base=templated(OPEN_ENDED)))
+        preflight(recipe(base=templated(template)))
 
 
 def test_the_stop_tokens_are_in_the_manifest(recipe: Recipe, run: Callable[..., Outcome]) -> None:

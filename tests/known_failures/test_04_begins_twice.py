@@ -18,7 +18,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from onegpu.adapters import DataError, RecipeError
-from onegpu.recipes import Loaded, Outcome, preflight
+from onegpu.recipes import Job, Loaded, Outcome, preflight
 from onegpu.recipes.chatting import open_chat
 
 Recipe = Callable[..., Loaded]
@@ -83,6 +83,21 @@ def _listening(asked: list[list[int]]) -> Any:
 def test_a_template_that_writes_it_twice_is_refused(base: Callable[[str], Path], recipe: Recipe) -> None:
     with pytest.raises(DataError, match="begins with '<s>' twice: mend the chat template"):
         preflight(recipe(base=base("{{ bos_token }}" + TEMPLATE)))
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_told(
+    recipe: Recipe, templated: Callable[[str], Path], rows: list[Any], write_rows: Callable[..., Path]
+) -> None:
+    kind = {"role": "system", "content": "be kind"}
+    data = str(write_rows([{"messages": [kind, *row["messages"]]} for row in rows], "kind.jsonl"))
+    assert "be kind" in _text(preflight(recipe(task={"data": data})))
+    sides = TEMPLATE.replace("{{ bos_token }}", "").replace("in messages", "in messages if m['role'] != 'system'")
+    with pytest.raises(DataError, match="the chat template leaves out what 'system' says"):
+        preflight(recipe(base=templated(sides), task={"data": data}))
+
+
+def _text(job: Job) -> str:
+    return str(job.reader.tokenizer.decode(job.dataset.train[0].ids))
 
 
 def test_a_template_without_the_beginning_is_refused(base: Callable[[str], Path], recipe: Recipe) -> None:

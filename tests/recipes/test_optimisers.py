@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onegpu.adapters import Rate, Stack, attach, load_base
-from onegpu.recipes import Loaded, Outcome, Train
-from onegpu.recipes.optimisers import groups_of, make_optimizer, make_schedule, warmup_steps
+from onegpu.adapters import Rate, RecipeError, Stack, attach, load_base
+from onegpu.recipes import Loaded, Outcome, Train, run as run_loudly
+from onegpu.recipes.optimisers import groups_of, make_optimizer, make_schedule, unreached_peak, warmup_steps
 from onegpu.recipes.schema import Schedule
 
 DECAY = 0.5
@@ -167,3 +167,25 @@ def test_small_tensors_keep_their_state_in_32_bits() -> None:
         return found
 
     assert (state("small").dtype, state("large").dtype) == (torch.float32, torch.uint8)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, 1e60, float("nan")])
+def test_a_rate_that_trains_nothing_is_refused_whoever_made_it(multiplier: float) -> None:
+    trainable = {"a": nn.Parameter(torch.ones(2))}
+    train = Train()
+    with pytest.raises(RecipeError, match=r"the rate of a comes to .*, which trains nothing"):
+        make_optimizer(train, groups_of(trainable, {"a": Rate(multiplier=multiplier)}), trainable)
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(3, ""), (4, "7.5e-03"), (10, "3.0e-03"), (0, ""), (0.99, "7.5e-03")])
+def test_a_warm_up_that_is_not_over_in_time_is_told_with_the_highest_rate(warmup: float | int, told: str) -> None:
+    text = unreached_peak(Train(warmup=warmup, learning_rate=0.01), 4)
+    assert bool(text) == bool(told)
+    assert told in text
+
+
+def test_a_run_tells_of_it(
+    chat_recipe: Callable[..., Loaded], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_loudly(chat_recipe(train={"steps": 2, "warmup": 4}), tmp_path / "out")
+    assert "the warm-up of 4 steps ends after the run of 2: the highest rate is 2.5e-03" in capsys.readouterr().out

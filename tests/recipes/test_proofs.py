@@ -12,7 +12,7 @@ from torch import nn
 from onegpu.adapters import ProofFailed, Stack, artefact, attach, load_base
 from onegpu.adapters.fingerprints import fingerprint
 from onegpu.recipes import Loaded, Outcome, training
-from onegpu.recipes.proofs import Probe, frozen_base, round_trip
+from onegpu.recipes.proofs import Probe, Untrained, frozen_base, round_trip
 from onegpu.recipes.training import Session
 
 LORA = {"lora": {"rank": 4}}
@@ -123,7 +123,7 @@ def test_an_infinite_gradient_stops_the_run_and_its_tensor_is_named(
 def test_a_run_that_diverges_is_a_failed_proof_wherever_it_is_noticed(
     steps: int, evaluation: Any, chat_recipe: Recipe, run: Run, tmp_path: Path
 ) -> None:
-    train = {"steps": steps, "optimizer": "sgd", "learning_rate": 1e38, "clip": None, "schedule": "constant"}
+    train = {"steps": steps, "optimizer": "sgd", "learning_rate": 1e30, "clip": None, "schedule": "constant"}
     _failure(run, chat_recipe(task={"evaluation": evaluation}, train=train))
     assert not (tmp_path / "out/adapter").exists()
 
@@ -210,3 +210,44 @@ def test_probing_leaves_the_modes_of_the_modules_alone(stack: Stack) -> None:
     modes = [module.training for module in stack.model.modules()]
     Probe.of(stack.model, {"input_ids": [0, 5, 9, 1]})
     assert [module.training for module in stack.model.modules()] == modes
+
+
+def test_a_base_that_was_only_rounded_or_stored_otherwise_has_changed(chat_base: Path) -> None:
+    stack = attach(load_base(str(chat_base), precision="fp32"), ["lora"])
+    before = fingerprint(stack.root)
+    frozen_base(stack, before)
+    norm = stack.root.get_parameter("model.norm.weight")
+    norm.data = norm.data.bfloat16()  # all ones: not a value of it is another
+    with pytest.raises(ProofFailed, match=r"it changed: model\.norm\.weight"):
+        frozen_base(stack, before)
+
+
+@pytest.mark.parametrize("part", ["vera_A", "inv_freq"])
+def test_what_nobody_trains_stays_bit_for_bit(part: str, chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = attach(load_base(str(chat_base), precision="fp32"), ["vera"])
+    untrained = Untrained.of(stack)
+    untrained.check(stack)
+    tensor = next(t for n, t in stack.model.named_buffers() if part in n)
+    with torch.no_grad():
+        tensor.view(-1)[0] += 1e-6
+    with pytest.raises(ProofFailed, match=f"{part}.* is trained by nobody, and it changed"):
+        untrained.check(stack)
+    names = frozenset(n for n, t in stack.model.named_buffers() if t is tensor or part in n)
+    monkeypatch.setattr(type(stack.attachments[0]), "may_change", lambda self: names)
+    untrained.check(stack)  # as its adapter declares
+
+
+def test_what_changes_on_the_way_ends_the_run(
+    chat_recipe: Callable[..., Loaded], run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = training._accumulate
+
+    def spoilt(s: Any, window: Any, trainable: Any) -> Any:
+        if s.step == 3:  # after the look at the first judged step
+            next(t for n, t in s.stack.model.named_buffers() if "vera_A" in n).add_(1e-3)
+        return real(s, window, trainable)
+
+    monkeypatch.setattr(training, "_accumulate", spoilt)
+    with pytest.raises(ProofFailed, match=r"vera_A.* is trained by nobody, and it changed"):
+        run(chat_recipe(["vera"], train={"steps": 4}))
+    assert not (tmp_path / "out/adapter").exists()

@@ -44,6 +44,10 @@ def test_settings_cannot_be_changed_after_reading(model: BaseModel) -> None:
         ({"micro_batch": "all"}, "micro_batch"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": "2e-4"}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"learning_rate": 1e38}, "learning_rate"),  # torch cannot apply it, and says so in the first step
+        ({"learning_rate": 1e-8, "schedule": "polynomial"}, "`polynomial` ends at 1e-07"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"clip": 0.0}, "clip"),
         ({"warmup": 1.0}, "warmup"),

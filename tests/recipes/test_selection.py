@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onegpu.adapters import Interrupted, RecipeError, artefact
+from onegpu.adapters import Interrupted, ProofFailed, RecipeError, artefact
 from onegpu.recipes import Loaded, Outcome, training
 from onegpu.recipes.schema import Best
 from onegpu.recipes.selection import Selection, choose
@@ -152,3 +153,46 @@ def test_a_checkpoint_says_the_step_that_its_adapter_is_of(
     facts = artefact.read(tmp_path / "out/checkpoints/step-000003/adapter").manifest.run
     assert min(range(4), key=losses.__getitem__) < 3  # the best so far was before it
     assert (facts["steps"], facts["scores"]["loss"]) == (3, losses[3])
+
+
+def _zeros(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(path).items()}
+    save_file(zeros, path, metadata={"format": "pt"})
+
+
+def test_the_best_adapter_is_proved_before_it_is_one_to_come_back_to(
+    chat_recipe: Callable[..., Loaded], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = vars(training)["seal"]
+
+    def spoilt(folder: Path) -> None:
+        _zeros(folder / "adapter")  # before the checksums are taken: they would hold
+        real(folder)
+
+    monkeypatch.setattr(training, "seal", spoilt)
+    settings = CONSTANT | {"steps": 3, "checkpoint_every": None, "best": {"metric": "loss"}}
+    with pytest.raises(
+        ProofFailed, match=r"step 1: .*was not written as it is .kept aside as .*unproved-000001"
+    ) as caught:
+        run(chat_recipe(task={"evaluation": 0.3}, train=settings))
+    assert caught.value.exit_code == 4
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["unproved-000001"]
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_what_does_not_come_back_as_it_was_is_not_saved_as_the_best(
+    chat_recipe: Callable[..., Loaded], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = artefact.fill
+
+    def forgetful(stack: Any, folder: Path) -> None:
+        real(stack, folder)
+        with torch.no_grad():
+            next(iter(stack.trainable().values())).add_(1.0)
+
+    monkeypatch.setattr(artefact, "fill", forgetful)
+    settings = CONSTANT | {"steps": 2, "best": {"metric": "loss"}}
+    with pytest.raises(ProofFailed, match=r"the adapter of step \d did not come back as it was"):
+        run(chat_recipe(task={"evaluation": 0.3}, train=settings))
+    assert not (tmp_path / "out/adapter").exists()

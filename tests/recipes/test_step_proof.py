@@ -131,7 +131,9 @@ def test_of_a_large_tensor_what_has_a_gradient_is_seen_to_move_or_not(
         return proof
 
     assert steps(stuck=False).proved == stack.trainable().keys()
-    with pytest.raises(ProofFailed, match=f"{table} had a gradient and did not move in 3 steps"):
+    with pytest.raises(
+        ProofFailed, match=rf"{table} had a gradient and did not move at rates up to 1\.0e-01 in 3 steps"
+    ):
         steps(stuck=True)
 
 
@@ -213,8 +215,22 @@ def test_weight_decay_alone_is_no_training(
 
     _during_steps(monkeypatch, spoil)
     train = {"steps": 6, "optimizer": optimizer, "weight_decay": 0.5, "learning_rate": 0.1}
-    assert f"{name} had no gradient in 3 steps" in _failure(run, chat_recipe(train=train), tmp_path)
+    told = _failure(run, chat_recipe(train=train), tmp_path)
+    assert f"{name} had a gradient of the loss, and none was left when the optimiser stepped" in told
     assert len(moved) > 1  # it did move
+
+
+def test_a_gradient_that_is_clipped_to_nothing_is_not_laid_on_a_module(
+    chat_recipe: Recipe, run: Run, tmp_path: Path
+) -> None:
+    told = _failure(run, chat_recipe(train={"steps": 4, "clip": 1e-30}), tmp_path)
+    assert "none was left when the optimiser stepped (train.clip?)" in told
+    assert "no gradient comes through" not in told
+
+
+def test_a_rate_that_moves_nothing_is_told(chat_recipe: Recipe, run: Run, tmp_path: Path) -> None:
+    told = _failure(run, chat_recipe(train={"steps": 4, "learning_rate": 1e-30}), tmp_path)
+    assert "lora_A.lora had a gradient and did not move at rates up to 5.0e-31 in 3 steps" in told
 
 
 def test_an_adapters_own_penalty_alone_is_no_training(
@@ -468,7 +484,9 @@ def test_a_tensor_has_three_steps_to_move(stack: Stack) -> None:
     proof = _proof(stack)
     for _ in range(2):
         _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
-    with pytest.raises(ProofFailed, match=r"layers.1.mlp.up_proj.lora_B.lora had a gradient and did not move in 3"):
+    with pytest.raises(
+        ProofFailed, match=r"layers.1.mlp.up_proj.lora_B.lora had a gradient and did not move at .* in 3"
+    ):
         _step(stack, proof, 0.1, frozen="1.mlp.up_proj.lora_B.lora")
 
 

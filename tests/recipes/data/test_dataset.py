@@ -157,3 +157,11 @@ def test_data_at_fault_is_told_with_the_line_that_names_it(
         preflight(loaded)
     assert str(caught.value).startswith(f"{loaded.places['task', 'chat', line]}: ")
     assert str(caught.value).count("recipe.yaml:") == 1
+
+
+def test_all_files_that_are_missing_are_told_at_once(of: Callable[..., Loaded]) -> None:
+    with pytest.raises(OnegpuError) as caught:
+        gather(of([_talk(1)], data="train.jsonl", evaluation="held.jsonl", test="unseen.jsonl"))
+    assert [
+        name for name in ("train.jsonl", "held.jsonl", "unseen.jsonl") if f"data '{name}'" not in str(caught.value)
+    ] == []

@@ -667,3 +667,40 @@ def test_an_overfitted_model_gives_the_trained_answers_and_stops_by_itself(
         out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         assert out[0, -1] == END
         assert out.shape[1] - ids.shape[1] < 40
+
+
+# --- what a template leaves out, and what a model would never get to say ----------------------------------------------
+
+ONLY_TWO_SIDES = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_template_that_leaves_out_what_others_say_is_refused(
+    role: str, reader: Reader, reader_of: MakeReader, messages: Messages
+) -> None:
+    talk = messages(("Hi", "Hello."), ("Who?", "Me."))
+    said = [{"role": role, "content": "Be kind."}]
+    whole = [*said, *talk] if role == "system" else [*talk[:1], *said, *talk[1:]]
+    assert "Be kind." in reader.tokenizer.decode(_encode(whole, reader).ids)
+    with pytest.raises(DataError, match=f"the chat template leaves out what '{role}' says"):
+        _encode(whole, reader_of(ONLY_TWO_SIDES))
+    assert _encode(talk, reader_of(ONLY_TWO_SIDES)).ids
+
+
+def test_the_text_that_a_template_says_by_default_is_not_left_out(reader_of: MakeReader, messages: Messages) -> None:
+    default = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    with_default = reader_of(default + str(reader_of().tokenizer.chat_template))
+    talk = messages(("Hi", "Hello."))
+    assert (
+        _encode([{"role": "system", "content": "Be kind."}, *talk], with_default).ids == _encode(talk, with_default).ids
+    )
+
+
+def test_an_answer_that_the_model_would_stop_in_is_told(reader: Reader, messages: Messages) -> None:
+    with pytest.raises(RowProblem, match=r"turn 3: the answer holds '<\|im_end\|>', at which the model stops"):
+        _encode(messages(("Hi", "Hello."), ("Who?", "Me.<|im_end|> And you?")), reader)
+    _encode(messages(("What is <|im_end|>?", "A token.")), reader)  # in a question it is no matter
