@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
 
 from .errors import OnegpuError, RecipeError, brief
 from .untrusted import read_json
 
 __all__ = ["read_config", "read_tokenizer", "readable", "refuse_detours"]
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 LARGEST_INDEX = 2**26  # bytes; of 100,000 tensors, 10 million
