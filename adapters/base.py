@@ -1,15 +1,14 @@
 """Loads a base model, as the loading stage of a stack wants it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .compatibility import Circumstances, refuse_unfit
 from .contract import SAFELY, LoadOptions
@@ -17,6 +16,7 @@ from .device import Hardware, Precision, attention, compute_dtype, detect
 from .errors import OnegpuError, RecipeError, noted, together
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
+from .pretrained import read_config, readable, refuse_detours
 from .quiet import quietly
 from .sources import Source, locate
 from .specs import Named, Spec, build
@@ -84,12 +84,11 @@ def load_base(
         place, build(adapters), kind=kind, precision=precision, hardware=hardware, revision=found.revision
     )
     extra: dict[str, Any] = {"attn_implementation": attention(options.autocast or options.dtype, hardware)}
-    if labels is not None:
-        extra |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if options.quantization_config is not None:
         extra |= {"quantization_config": options.quantization_config, "device_map": {"": options.device}}
-    with quietly(), torch.random.fork_rng(), _readable(found.written):
+    with quietly(), torch.random.fork_rng(), readable(f"the weights of base {found.written!r} cannot be read"):
         torch.manual_seed(seed)
+        extra["config"] = _labelled(read_config(place, found.revision), labels)
         model, info = AUTO[kind].from_pretrained(
             place, dtype=options.dtype, revision=found.revision, output_loading_info=True, **SAFELY, **extra
         )
@@ -102,13 +101,12 @@ def load_base(
     return loaded
 
 
-@contextmanager
-def _readable(written: str) -> Iterator[None]:
-    """A checkpoint that is damaged, or has no safetensors, is a fault of the base."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as cause:
-        raise RecipeError(f"the weights of base {written!r} cannot be read: {_first_line(cause)}") from cause
+def _labelled(config: PreTrainedConfig, labels: Sequence[str] | None) -> PreTrainedConfig:
+    """The same with names of the classes, where there are any."""
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
+    return config
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
@@ -190,23 +188,27 @@ def skeleton_of(place: str, kind: Kind, revision: str | None) -> PreTrainedModel
     Raises:
         RecipeError: it cannot be used as this kind of model.
     """
+    unusable = f"base {place!r} cannot be used as a {kind} model"
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
-        with torch.device("meta"):
-            skeleton: PreTrainedModel = AUTO[kind].from_config(config)
-    except (ValueError, KeyError, OSError) as cause:
-        raise RecipeError(f"base {place!r} cannot be used as a {kind} model: {_why(place, revision, cause)}") from cause
+        with readable(unusable):
+            refuse_detours(place, revision)
+            config = read_config(place, revision)
+            with torch.device("meta"):
+                skeleton: PreTrainedModel = AUTO[kind].from_config(config)
+    except RecipeError as error:
+        if _needs_code(place, revision):
+            raise RecipeError(
+                f"{unusable}: it needs Python code of its own (`auto_map` in its config.json), which is never executed"
+            ) from error
+        raise
     return skeleton
 
 
-def _why(place: str, revision: str | None, cause: Exception) -> str:
-    try:
+def _needs_code(place: str, revision: str | None) -> bool:
+    with suppress(RecipeError), readable("its configuration"):
         config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
-    except (ValueError, OSError):
-        return _first_line(cause)
-    if "auto_map" in config:
-        return "it needs Python code of its own (`auto_map` in its config.json), which is never executed"
-    return _first_line(cause)
+        return "auto_map" in config
+    return False
 
 
 def any_skeleton(place: str, revision: str | None) -> PreTrainedModel | None:
@@ -241,10 +243,6 @@ def _refuse_random_backbone(model: nn.Module, missing: Sequence[str], written: s
         raise RecipeError(
             f"base {written!r}: the checkpoint has no weights for {random[0]}{more}; they would be random"
         )
-
-
-def _first_line(cause: Exception) -> str:
-    return str(cause).strip().partition("\n")[0] or type(cause).__name__
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     EncoderDecoderModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,6 +24,7 @@ from transformers import (
 from .contract import SAFELY
 from .errors import RecipeError
 from .files import atomic_folder, cache_folder
+from .pretrained import read_config, read_tokenizer, readable, refuse_detours
 from .quiet import quietly
 from .structure import NEW_MODULES, family
 
@@ -96,12 +95,11 @@ def _joined(encoder: Path, decoder: Path) -> EncoderDecoderModel:
 
 def _encoder_config(place: Path) -> PreTrainedConfig:
     """The configuration of a part, which must be a model that only encodes."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    with readable(f"base part {str(place)!r} cannot be read"):
+        refuse_detours(place)
+        config = read_config(place)
         with torch.device("meta"):
             found, kind = family(AutoModel.from_config(config))
-    except (ValueError, KeyError, OSError) as cause:
-        raise RecipeError(f"base part {str(place)!r} cannot be read: {_first_line(cause)}") from cause
     if found != "encoders":
         raise RecipeError(f"base part {str(place)!r} is {kind}; both parts must be models that only encode, as BERT is")
     return config
@@ -109,14 +107,12 @@ def _encoder_config(place: Path) -> PreTrainedConfig:
 
 def _read(place: Path, auto: Any, config: PreTrainedConfig) -> tuple[PreTrainedModel, Set[str]]:
     """A part, and the names of its tensors that started random; of what it has as an encoder, none may."""
-    try:
+    with readable(f"base part {str(place)!r} cannot be a decoder"):
         model, info = auto.from_pretrained(
             place, config=config, dtype=torch.float32, output_loading_info=True, **SAFELY
         )
-    except (ValueError, KeyError, OSError) as cause:
-        raise RecipeError(f"base part {str(place)!r} cannot be a decoder: {_first_line(cause)}") from cause
     with torch.device("meta"):
-        known = AutoModel.from_config(AutoConfig.from_pretrained(place, trust_remote_code=False)).state_dict()
+        known = AutoModel.from_config(read_config(place)).state_dict()
     prefix = f"{model.base_model_prefix}."
     missing = {name: name.removeprefix(prefix) for name in info["missing_keys"]}
     # Nothing in an encoder-decoder reads what its encoder pools.
@@ -140,10 +136,8 @@ def _outermost(module: nn.Module, started: Set[int], path: str = "") -> Iterator
 
 
 def _shared_tokenizer(encoder: Path, decoder: Path) -> Any:
-    try:
-        first, second = (AutoTokenizer.from_pretrained(part, trust_remote_code=False) for part in (encoder, decoder))
-    except (ValueError, KeyError, OSError) as cause:
-        raise RecipeError(f"a part of the base has no tokenizer that can be read: {_first_line(cause)}") from cause
+    with readable("a part of the base has no tokenizer that can be read"):
+        first, second = (read_tokenizer(part) for part in (encoder, decoder))
     for part, tokenizer in ((encoder, first), (decoder, second)):
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of no file
             raise RecipeError(f"base part {str(part)!r} has no tokenizer")
@@ -173,7 +167,3 @@ def _name_special_tokens(model: EncoderDecoderModel, tokenizer: Any) -> None:
 def _parts(model: EncoderDecoderModel) -> tuple[Any, Any]:
     """The configurations of encoder and decoder."""
     return model.config.encoder, model.config.decoder
-
-
-def _first_line(cause: Exception) -> str:
-    return str(cause).strip().partition("\n")[0] or type(cause).__name__

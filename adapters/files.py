@@ -1,6 +1,6 @@
 """Writing so that a reader never sees half a file: a temporary name, flushed to disk, then renamed.
 
-A folder that is to be trusted after a crash is sealed: `checksums.json` in it has the digest of every other file.
+A folder that is to be trusted after a crash is sealed: `checksums.json` in it has digest and size of every other file.
 """
 
 import errno
@@ -41,7 +41,8 @@ SEAL = "checksums.json"
 LONGEST = 200  # characters of a name in a message
 REFUSALS = {  # what a disk, a folder or a process says that can take no more
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EMFILE, errno.ENFILE),
 }
 
@@ -126,7 +127,7 @@ def move(source: Path, target: Path) -> None:
         StorageError: the folder may not be written.
     """
     with storage(target):
-        if not target.exists():
+        if not os.path.lexists(target):  # a link that leads nowhere is something, too
             os.rename(source, target)
         else:
             aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL)) / "old"
@@ -168,8 +169,8 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Write down the digest of every file in a folder, as read back, for `damage`."""
-    write_json(folder / SEAL, _digests(folder))
+    """Write down the digest and the size of every file in a folder, as read back, for `damage`."""
+    write_json(folder / SEAL, {name: _digest(path) for name, path in _files(folder).items()})
 
 
 def damage(folder: Path) -> str | None:
@@ -181,7 +182,7 @@ def damage(folder: Path) -> str | None:
         StorageError: it cannot be told, for instance as too many files are open.
     """
     try:
-        texts = _irregular(folder) or _differences(_sealed(folder), _digests(folder))
+        texts = _irregular(folder) or _differences(_sealed(folder), _files(folder))
     except FileNotFoundError as cause:
         return f"{printable(Path(cause.filename).name)} is missing"
     except ArtefactError:
@@ -197,6 +198,8 @@ def _irregular(folder: Path) -> list[str]:
     """What is neither a file nor a folder, for `damage`."""
     if folder.is_symlink():
         return ["it is a link"]
+    if folder.exists() and not folder.is_dir():
+        return ["it is not a folder"]
     return [
         f"{path.relative_to(folder).as_posix()} is {'a link' if path.is_symlink() else 'not a file'}"
         for path in sorted(folder.rglob("*"))
@@ -214,25 +217,26 @@ def _sealed(folder: Path) -> dict[str, Any]:
         raise
 
 
-def _differences(sealed: dict[str, Any], found: dict[str, str]) -> list[str]:
+def _differences(sealed: dict[str, Any], found: dict[str, Path]) -> list[str]:
+    """A file of another size is not read: it may be larger than anybody has time for."""
     texts = [f"{name} is missing" for name in sorted(sealed.keys() - found.keys())]
     texts += [f"{name} does not belong there" for name in sorted(found.keys() - sealed.keys())]
-    return texts + [
-        f"{name} has other bytes" for name in sorted(found) if name in sealed and sealed[name] != found[name]
-    ]
+    for name, path in found.items():
+        size = str(sealed.get(name)).rpartition(" ")[2]
+        if name in sealed and (size != str(path.stat().st_size) or sealed[name] != _digest(path)):
+            texts.append(f"{name} has other bytes")
+    return texts
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): _digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() != SEAL
-    }
+def _files(folder: Path) -> dict[str, Path]:
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found.pop(SEAL, None)
+    return found
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.stat().st_size}"
 
 
 def flush(path: Path) -> None:

@@ -1,13 +1,12 @@
 """Turns a GGUF file into a folder in transformers' format."""
 
-import struct
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from .errors import RecipeError
+from .pretrained import readable
 from .quiet import quietly
 
 __all__ = ["dequantise"]
@@ -25,7 +24,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    try:
+    with readable(f"base {str(gguf)!r} cannot be read as GGUF"):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -35,7 +34,5 @@ def _convert(gguf: Path, folder: Path) -> None:
             trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-    except (ValueError, KeyError, NotImplementedError, OSError, struct.error) as cause:
-        raise RecipeError(f"base {str(gguf)!r} cannot be read as GGUF: {cause}") from cause
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

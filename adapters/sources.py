@@ -15,6 +15,8 @@ __all__ = ["Source", "locate"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 JOIN = " + "  # ENCODER + DECODER
 LONGEST = 300  # characters of a path in a message
+LARGEST = 2**28  # bytes of a file of a base that is no weights; the tokenizer of 256,000 tokens has 35 million
+TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -99,6 +101,7 @@ def _checked(place: Path, written: str) -> Path:
             hint = f"; it holds {', '.join(ggufs)}: name the file" if ggufs else ""
             raise RecipeError(f"base {written!r}: the folder has no config.json{hint}")
         _refuse_pickles(place, written)
+        _refuse_oversized(place, written)
     elif place.suffix != ".gguf":
         raise RecipeError(f"base {written!r}: a file must be a .gguf; otherwise name the folder of the model")
     return place
@@ -112,6 +115,13 @@ def _refuse_pickles(folder: Path, written: str) -> None:
             f"base {written!r}: its weights are pickles ({pickles[0]}), which are never read, because they can execute "
             "code: take a version in safetensors, or convert it where you trust it"
         )
+
+
+def _refuse_oversized(folder: Path, written: str) -> None:
+    """A file that would fill the memory before anything is seen to be wrong with it."""
+    for path in sorted(path for pattern in TEXTS for path in folder.glob(pattern)):
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise RecipeError(f"base {brief(written)}: {path.name} has more than {LARGEST:,} bytes: none is so large")
 
 
 def in_package(written: str, what: str, listed: Callable[[Path], Iterable[Path]]) -> Path:

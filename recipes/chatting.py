@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from onegpu.adapters import ArtefactError, artefact, load, load_base
+from onegpu.adapters.pretrained import read_tokenizer, readable
 from onegpu.adapters.sources import locate
 
 from .facts import check_tokenizer, facts_of
@@ -32,7 +31,8 @@ def open_chat(folder: Path, tokens: int, *, allow_base_mismatch: bool = False) -
         raise ArtefactError(f"{folder} was not trained by the task `chat`")
     source = locate(manifest.base.source, revision=manifest.base.revision)
     stack = artefact.specs(manifest)
-    tokenizer = AutoTokenizer.from_pretrained(source.materialise(), revision=source.revision, trust_remote_code=False)
+    with readable(f"base {source.written!r} has no tokenizer that can be read"):
+        tokenizer = read_tokenizer(source.materialise(), source.revision)
     check_tokenizer(adapter, facts, tokenizer, allow=allow_base_mismatch)
     model = load_base(source, stack, precision=manifest.base.precision)
     load(model, adapter, allow_base_mismatch=allow_base_mismatch)

@@ -14,8 +14,9 @@ from onegpu.adapters.errors import brief, nearest
 from onegpu.adapters.specs import split
 from onegpu.adapters.validation import Fault, Path as KeyPath
 
-__all__ = ["Document", "read_document"]
+__all__ = ["LARGEST", "Document", "read_document"]
 
+LARGEST = 2**18  # bytes of a recipe; PyYAML takes seconds for as much
 MOST_NODES, DEEPEST = 20_000, 50  # keys, values and lists of a recipe, and how deep they lie
 
 

@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from onegpu.adapters import OnegpuError, RecipeError, Stack, Unavailable, artefact, load_base
 from onegpu.adapters.base import any_skeleton, refuse_foreign_packing, settled, skeleton_of
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Hardware, compute_dtype, detect
-from onegpu.adapters.errors import noted, together
+from onegpu.adapters.errors import brief, noted, together
+from onegpu.adapters.files import there
 from onegpu.adapters.isolation import answerable
+from onegpu.adapters.pretrained import read_config, read_tokenizer, readable
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 from onegpu.adapters.structure import family
@@ -256,7 +260,7 @@ def make_reader(place: str, loaded: Loaded, labels: Labels, class_weights: Seque
     with loaded.place("base"):
         tokenizer = _tokenizer(place, loaded)
     occupied = sum(map(_positions, loaded.stack))
-    config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False).get_text_config()
+    config = read_config(place, revision).get_text_config()
     # Models with relative positions (T5) state no bound; there the tokenizer's is the only one.
     most = getattr(config, "max_position_embeddings", tokenizer.model_max_length) - occupied
     with loaded.place("task", loaded.task_name, "max_length"):
@@ -276,11 +280,8 @@ def _positions(named: Named) -> int:
 
 def _tokenizer(place: str, loaded: Loaded) -> Any:
     base = loaded.recipe.base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=loaded.recipe.revision, trust_remote_code=False)
-    except (OSError, ValueError) as cause:
-        reason = str(cause).strip().splitlines()[0]
-        raise RecipeError(f"base {base!r} has no tokenizer that can be read: {reason}") from cause
+    with readable(f"base {base!r} has no tokenizer that can be read"):
+        tokenizer = read_tokenizer(place, loaded.recipe.revision)
     if len(tokenizer) == 0:  # what transformers makes up where there are no tokenizer files
         raise RecipeError(f"base {base!r} has no tokenizer files")
     return tokenizer
@@ -289,9 +290,15 @@ def _tokenizer(place: str, loaded: Loaded) -> Any:
 def _stops(place: str, revision: str | None, tokenizer: Any) -> set[int]:
     """Tokens at which generation ends: the tokenizer's, and those of the model's generation settings."""
     found = {tokenizer.eos_token_id}
-    try:
-        configured = GenerationConfig.from_pretrained(place, revision=revision or "main").eos_token_id
+    settings = Path(place, GENERATION_CONFIG_NAME)
+    with readable(f"{settings} cannot be read"):
+        try:
+            configured = GenerationConfig.from_pretrained(place, revision=revision or "main").eos_token_id
+        except OSError:
+            if there(settings):
+                raise
+            configured = None  # a base without generation settings has only its tokenizer's
         found |= set(configured) if isinstance(configured, list) else {configured}
-    except OSError:
-        pass  # a base without generation settings has only its tokenizer's
+        if wrong := [token for token in found - {None} if not isinstance(token, int)]:
+            raise ValueError(f"eos_token_id is {brief(wrong[0])}, and must be a number")
     return found - {None}

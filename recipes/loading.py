@@ -17,7 +17,7 @@ from onegpu.adapters.registry import VARIABLE, find, unqualified
 from onegpu.adapters.specs import Named, check, split
 from onegpu.adapters.validation import Fault, Path as KeyPath, faults
 
-from .document import Document, read_document
+from .document import LARGEST, Document, read_document
 from .packaged import packaged_recipes
 from .schema import Recipe, Train
 from .tasks import Task, get_task
@@ -27,7 +27,6 @@ __all__ = ["Loaded", "load_recipe", "parse_recipe"]
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_FAULTS = 8  # in one message
-LARGEST = 2**18  # bytes of a recipe; PyYAML takes seconds for as much
 
 
 @dataclass(frozen=True)

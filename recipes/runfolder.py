@@ -17,15 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from onegpu.adapters import RecipeError, StorageError
 from onegpu.adapters.files import discard, flush, leftovers, move, storage, sweep, there, write_text
 
+from .document import LARGEST, read_document
+
 __all__ = ["RunFolder", "adapter_folder"]
 
 KEPT_CHECKPOINTS = 2  # so that there is one before a newest that turns out to be damaged
+LONGEST = 2**20  # bytes of a line of metrics
 HARMLESS = {"train.checkpoint_every"}  # settings that change nothing of what is computed
 
 
@@ -105,7 +107,9 @@ class RunFolder:
             raise RecipeError(f"{self.path} exists already; give another folder with -o, or go on with --resume")
         if not self.recipe.is_file():
             raise RecipeError(f"{self.path} is not the folder of a run: it has no recipe.yaml")
-        changed = _changes(self._recipe_of_the_run(), yaml.safe_load(recipe))
+        if there(self.checkpoints) and not self.checkpoints.is_dir():
+            raise RecipeError(f"{self.checkpoints} is not a folder: nothing can be resumed from it, or written there")
+        changed = _changes(self._recipe_of_the_run(), read_document(recipe, "the recipe").content)
         if changed and not accept_changes:
             raise RecipeError(
                 f"{self.path} holds a run of another recipe:\n"
@@ -130,9 +134,12 @@ class RunFolder:
             raise StorageError(f"{self.path} cannot be written: {nearest} is read-only for you")
 
     def _recipe_of_the_run(self) -> Any:
+        """What it began with; somebody else may have written it, so it is read as any recipe is."""
         try:
-            return yaml.safe_load(self.recipe.read_text("utf-8"))
-        except (ValueError, yaml.YAMLError):
+            if self.recipe.stat().st_size > LARGEST:
+                raise ValueError("no recipe is so large")
+            return read_document(self.recipe.read_text("utf-8"), str(self.recipe)).content
+        except (ValueError, RecipeError):
             raise RecipeError(f"{self.recipe} is damaged, so nobody can tell what the run was: start another") from None
 
     def checkpoint(self, step: int) -> Path:
@@ -183,13 +190,16 @@ class RunFolder:
     def records(self) -> Iterator[Mapping[str, Any]]:
         """The recorded lines that can be read: all but one that was cut off when the process was killed."""
         if self.metrics.is_file():
-            for line in self.metrics.read_bytes().splitlines():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    yield record
+            with self.metrics.open("rb") as file:
+                while line := file.readline(LONGEST):
+                    if len(line) == LONGEST:
+                        return  # nothing that was recorded is so long: whatever it is, it need not end
+                    try:
+                        record = json.loads(line)
+                    except (ValueError, RecursionError):
+                        continue
+                    if isinstance(record, dict) and isinstance(record.get("step"), int):
+                        yield record
 
     def rewind(self, step: int, evaluations: int = 0) -> None:
         """Forget what came after `step` and so many evaluations, which will be done again: from 0 on, everything.

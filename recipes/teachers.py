@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from onegpu.adapters import ArtefactError, RecipeError, Stack, StackError, artefact, build, load, load_base
 from onegpu.adapters.base import Kind, load_options
 from onegpu.adapters.device import Hardware
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.manifest import Manifest
+from onegpu.adapters.pretrained import read_config
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 
@@ -113,7 +113,7 @@ def _checked(loaded: Loaded, written: str, reader: Reader, hardware: Hardware) -
     load_options(
         place, stack, kind=kind, precision=manifest.base.precision, hardware=hardware, revision=source.revision
     )
-    config = AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=False).get_text_config()
+    config = read_config(place, source.revision).get_text_config()
     room = getattr(config, POSITIONS, sys.maxsize) - sum(map(_positions, stack))
     return Teacher(folder, manifest, source, kind, reader.labels, room)
 

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -7,7 +8,17 @@ from typing import Any
 import pytest
 
 from onegpu.adapters import StorageError
-from onegpu.adapters.files import atomic_folder, cache_folder, discard, sweep, write_json, write_text
+from onegpu.adapters.files import (
+    atomic_folder,
+    cache_folder,
+    damage,
+    discard,
+    move,
+    seal,
+    sweep,
+    write_json,
+    write_text,
+)
 
 
 def _fail(*args: object) -> None:
@@ -124,3 +135,46 @@ def test_the_cache_is_where_the_user_wants_it(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(expected)
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    """A sealed folder with one file."""
+    folder = tmp_path / "sealed"
+    folder.mkdir()
+    (folder / "a").write_text("content")
+    seal(folder)
+    assert damage(folder) is None
+    return folder
+
+
+@pytest.mark.parametrize(("name", "told"), [("a", "a has other bytes"), ("b", "b does not belong there")])
+def test_a_file_of_another_size_is_damage_and_is_not_read(name: str, told: str, sealed: Path) -> None:
+    with (sealed / name).open("wb") as file:
+        file.truncate(2**42)  # a hole, which would take an hour to read
+    assert damage(sealed) == told
+
+
+def test_other_bytes_of_the_same_length_are_damage(sealed: Path) -> None:
+    (sealed / "a").write_text("contend")
+    assert damage(sealed) == "a has other bytes"
+
+
+@pytest.mark.parametrize("value", [None, 7, "", "x 7", [], {}, "\ud800"], ids=repr)
+def test_a_seal_that_is_none_is_damage(value: Any, sealed: Path) -> None:
+    (sealed / "checksums.json").write_text(json.dumps({"a": value}))
+    assert damage(sealed) in ("a has other bytes", "checksums.json is damaged")
+
+
+def test_a_file_in_place_of_a_sealed_folder_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "sealed").touch()
+    assert damage(tmp_path / "sealed") == "it is not a folder"
+
+
+@pytest.mark.parametrize("to", ["nowhere", "target", "."])
+def test_a_folder_takes_the_place_of_a_link_and_what_that_led_to_stays(to: str, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "target").symlink_to(to)
+    move(tmp_path / "source", tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert not (tmp_path / "target").is_symlink()

@@ -5,6 +5,7 @@ Each property runs twice: a small, fixed sample with all tests, and thousands of
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import shutil
@@ -152,6 +153,20 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Verdict]:
 def tally() -> Counter[str]:
     """What came of the cases, by exit code."""
     return Counter()
+
+
+@pytest.fixture
+def first_time() -> Callable[..., bool]:
+    """`first_time(content)`: of five cases hypothesis draws one again, which shows nothing and counts for nothing."""
+    seen: set[str] = set()
+
+    def look(*parts: Any) -> bool:
+        digest = hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+        new = digest not in seen
+        seen.add(digest)
+        return new
+
+    return look
 
 
 def _paths(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -197,6 +197,56 @@ def test_a_damaged_recipe_of_a_run_is_named(folder: RunFolder) -> None:
         folder.check(RECIPE, resume=True)
 
 
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+)
+
+
+def _holes(path: Path, size: int) -> None:
+    """A file that claims to be large, and takes no room."""
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a {b: *a}", "[" * 5000, "a: " * 2000, "[1]", "a: 2001-99-99"])
+def test_a_recipe_of_a_run_that_grows_without_end_is_named(text: str, folder: RunFolder) -> None:
+    folder.recipe.write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe.yaml is damaged"):
+        folder.check(RECIPE, resume=True)
+
+
+def test_a_recipe_of_a_run_that_is_far_too_large_is_not_read(folder: RunFolder) -> None:
+    _holes(folder.recipe, 2**40)
+    with pytest.raises(RecipeError, match=r"recipe.yaml is damaged"):
+        folder.check(RECIPE, resume=True)
+
+
+def test_metrics_that_have_no_end_are_read_up_to_there(folder: RunFolder) -> None:
+    folder.record(step=1)
+    with folder.metrics.open("ab") as file:
+        file.truncate(2**40)
+    assert list(folder.records()) == [{"step": 1}]
+    folder.rewind(1)
+    assert folder.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_file_in_place_of_the_checkpoints_is_refused_before_anything_is_computed(folder: RunFolder) -> None:
+    folder.checkpoints.touch()
+    with pytest.raises(RecipeError, match="checkpoints is not a folder"):
+        folder.check(RECIPE, resume=True)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_lock_that_is_no_file_is_one_message_and_what_it_leads_to_is_left_alone(link: bool, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run/.lock"
+    lock.symlink_to(tmp_path / "outside") if link else lock.mkdir()
+    with pytest.raises(StorageError, match=r"run was not written: (Is a directory|Too many levels of symbolic links)"):
+        RunFolder(tmp_path / "run").lock()
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
 def test_a_run_is_finished_when_its_manifest_is_there(folder: RunFolder) -> None:
     folder.adapter.mkdir()
     assert not folder.finished
