@@ -211,9 +211,9 @@ def page(rows: list[str], arguments: str) -> str:
     lines = [
         "# Steps beside trl + PEFT",
         "",
-        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows a",
-        f"step (trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process above",
-        "the loaded base, in GB; `apart` is the largest difference of two losses of a step.",
+        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows",
+        f"a step (trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process",
+        "above the loaded base, in GB; `apart` is the largest difference of two losses of a step.",
         "",
         "| data | precision | onegpu s | tokens/s | GB | trl s | tokens/s | GB | times as fast | memory | apart |",
         f"|{' --- |' * 11}",
