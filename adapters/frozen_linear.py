@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["FrozenLinear", "PackedWeight", "packed_as"]
+__all__ = ["FrozenLinear", "PackedWeight", "floats", "in_autocast", "packed_as"]
 
 
 class PackedWeight(nn.Module, ABC):
@@ -55,26 +56,38 @@ class FrozenLinear(nn.Linear):
         return self.packed.dequantise(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        y: Tensor = _FrozenMatmul.apply(x, self.packed)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        x = in_autocast(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = _FrozenProduct.apply(x, self.packed, bias)  # type: ignore[no-untyped-call]
+        return y
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.packed.kind}"
 
 
-class _FrozenMatmul(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedWeight) -> Tensor:  # (..., in) -> (..., out)
+    def forward(ctx: Any, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:  # (..., in) -> (..., out)
         ctx.packed = packed
-        return x @ packed.dequantise(x.dtype).T
+        return F.linear(x, floats(packed, x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (..., out) -> (..., in)
-        return grad @ ctx.packed.dequantise(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # (..., out) -> (..., in)
+        x_needs, _, bias_needs = ctx.needs_input_grad
+        gx = grad @ floats(ctx.packed, grad.dtype) if x_needs else None
+        return gx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if bias_needs else None
+
+
+def floats(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:  # (out, in)
+    """A weight to multiply by; a packed one is dequantised for this one product."""
+    return weight if isinstance(weight, Tensor) else weight.dequantise(dtype)
+
+
+def in_autocast(tensor: Tensor) -> Tensor:
+    """In the dtype that autocast multiplies in, where it is on."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def packed_as(model: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .contract import Adapter, Attachment, Capabilities, Context
 from .errors import StackError
 from .frozen_linear import FrozenLinear
+from .low_rank_product import LowRankProduct, adapted, is_plain, is_undisturbed
 from .structure import Wrapper, inside, linear_shape, modules, swap, unwrap, weight
 from .targets import ALL_LINEAR, as_list, resolve, shortest_names
 
@@ -142,6 +143,9 @@ class LowRankLinear(Wrapper):
         self.on = True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        linear, products = self._products()
+        if products and is_plain(linear):
+            return adapted(linear, x, products)
         y: Tensor = self.base(x)
         if not self.on:
             return y
@@ -150,6 +154,17 @@ class LowRankLinear(Wrapper):
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """What is added to the base's output y; x went through dropout."""
         return self.scale * product(x, self.lora_A, self.lora_B)
+
+    def _products(self) -> tuple[nn.Module, list[LowRankProduct]]:
+        """The linear beneath this and others like it, and the products of those that are on, innermost first."""
+        module: nn.Module = self
+        found = []
+        while type(module) is LowRankLinear and (module is self or is_undisturbed(module)):
+            if module.on:
+                dropout = module.dropout if module.training else 0.0
+                found.append(LowRankProduct(module.lora_A, module.lora_B, module.scale, dropout))
+            module = module.base
+        return module, found[::-1]
 
     def delta(self) -> Tensor:
         """scale B A as one matrix (out, in), float32."""

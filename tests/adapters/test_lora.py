@@ -51,7 +51,8 @@ def _compare_with_peft(
         if p.requires_grad and ".lora_" in name
     }
     found = gradients(theirs, named, **inputs)
-    assert_same({name: ours[name] for name in found}, found)
+    # Two layers of rounding: either is up to 2e-6 from the same model in float64, and they round in other places.
+    assert_same({name: ours[name] for name in found}, found, tolerance=3e-6)
     assert {name for name in ours if ".lora_" in name} == found.keys()
 
 
