@@ -1,6 +1,6 @@
 """Which share of a run its proofs take: a real run of 200 steps, looked at every few milliseconds.
 
-    python benchmarks/proof_overhead.py [--steps 200] [--out FILE.md]
+    python benchmarks/proof_overhead.py [--steps 200] [--set train.precision=fp32 ...] [--out FILE.md]
 
 Nothing is switched off and nothing is patched: a thread looks at what the main one is doing, and counts how often that
 is a proof. Both sides, with and without the proofs, are therefore of the same run.
@@ -26,6 +26,7 @@ PROOFS = {  # file, or file and function, and what it is called on the page; the
     "recipes/step_proof.py": "step proof",
     "recipes/gradient_flow.py": "step proof",
     "recipes/proofs.py frozen_base": "digests of the base",
+    "recipes/proofs.py check": "digests of the base",
     "adapters/fingerprints.py": "digests of the base",
     "recipes/proofs.py first_bad_gradient": "finite gradients",
     "recipes/resident_proof.py": "round trip of checkpoints",
@@ -35,6 +36,9 @@ PROOFS = {  # file, or file and function, and what it is called on the page; the
     "adapters/artefact.py confirm": "round trip at the end",
     "recipes/proofs.py": "round trip at the end",
     "recipes/running.py _prove": "round trip at the end",
+    "tasks/packing.py _tried": "trials of packing and head",
+    "tasks/packing.py _draws": "trials of packing and head",
+    "tasks/output_head.py find_head": "trials of packing and head",
 }
 REST = "everything else"
 
@@ -45,9 +49,10 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--checkpoint-every", type=int, default=50)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    settings = [f"train.steps={chosen.steps}", f"train.checkpoint_every={chosen.checkpoint_every}"]
+    settings = [f"train.steps={chosen.steps}", f"train.checkpoint_every={chosen.checkpoint_every}", *chosen.set]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place, Watch() as watch:
         run(load_recipe(chosen.recipe, settings), Path(place) / "run")
