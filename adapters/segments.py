@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-__all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
+__all__ = ["Segments", "cannot_pack", "packed_attention", "sees_less", "segments_of"]
 
 PACKED = {"sdpa": "onegpu_packed", "eager": "onegpu_packed_plain"}  # ours, by what the model had before
 ATTENTIVE = {"full_attention", "sliding_attention"}  # as configurations call layers that see all before a token
@@ -96,10 +96,20 @@ def cannot_pack(model: nn.Module, longest: int) -> str:
         return "its attention is not in the public registry"
     if model.config._attn_implementation not in PACKED:
         return f"its attention is `{model.config._attn_implementation}`"
-    window = getattr(model.config, "sliding_window", None)
+    return sees_less(model, longest)
+
+
+def sees_less(model: nn.Module, longest: int) -> str:
+    """Why a token of this model may not see all that is before it, as its configuration says; "" where it says nothing.
+
+    Args:
+        longest: tokens of the longest sequence.
+    """
+    config: Any = getattr(model, "config", None)
+    window = getattr(config, "sliding_window", None)
     if window is not None and window < longest:
         return f"its attention sees {window} tokens, and sequences have up to {longest}"
-    if others := sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTIVE):
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTIVE):
         return f"it has layers of another kind than attention: {', '.join(others)}"
     return ""
 

@@ -10,10 +10,11 @@ those of two sequences. Completions start in the same column in each row: few co
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from onegpu.adapters.segments import sees_less
 
 from .contract import IGNORED, Batch, Predictions
 from .conversations import common_length
@@ -24,7 +25,6 @@ from .tokens import HiddenPredictions, causal_logits, selected, surprises
 __all__ = ["cannot_share", "joined", "sequence_logps", "supervised_tokens"]
 
 PADDING, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2  # what a token is part of
-ATTENTIVE = {"full_attention", "sliding_attention"}  # as configurations call layers that see all before a token
 ROUNDING = 16  # units in the last place by which a log-probability may differ between two ways of computing it
 
 
@@ -151,12 +151,8 @@ def cannot_share(model: nn.Module, pair: PairExample, longest: int, pad: int) ->
     Args:
         longest: tokens of the longest row.
     """
-    config: Any = getattr(model, "config", None)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < longest:
-        return f"its attention sees {window} tokens, and rows have up to {longest}"
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTIVE):
-        return f"it has layers of another kind than attention: {', '.join(others)}"
+    if reason := sees_less(model, longest):
+        return reason
     try:
         with torch.no_grad():
             return _trial(model, pair, pad)

@@ -115,7 +115,7 @@ def test_bf16() -> None:
     ("config", "reason"),
     [
         (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64), "does not take such a row"),
-        (MistralConfig(**LLAMA, sliding_window=16), "sees 16 tokens, and rows have up to 20"),
+        (MistralConfig(**LLAMA, sliding_window=16), "sees 16 tokens, and sequences have up to 20"),
     ],
     ids=["positions in the mask", "window"],
 )
