@@ -62,7 +62,7 @@ class LiveTensors(TorchDispatchMode):
     """Sees every tensor that is computed inside the block: forward, backward and all between."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.width = width  # of a vocabulary
         self.widest = 0  # numbers in the largest tensor with that many columns
         self.bytes = self.peak = 0  # of what was made inside and is still there; the most at once

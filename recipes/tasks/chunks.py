@@ -83,14 +83,14 @@ class Divergence:
         return apart
 
 
-def over_chunks(head: Head, hidden: Tensor, measure: Measure, *, chunk: int = CHUNK) -> Tensor:
+def over_chunks(head: Head, hidden: Tensor, measure: Measure, *, chunk: int | None = None) -> Tensor:
     """Values of all tokens: (tokens, columns) float32, of which the first has a gradient.
 
     Args:
-        chunk: how many logits may be there at once.
+        chunk: how many logits may be there at once; CHUNK when left out.
     """
     none = head(hidden[:0].detach())  # (0, vocabulary): no work, and all there is to know of the logits
-    step = max(FEWEST, chunk // max(1, none.shape[-1]))
+    step = max(FEWEST, (chunk or CHUNK) // max(1, none.shape[-1]))
     pieces = [slice(start, start + step) for start in range(0, max(1, len(hidden)), step)]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or none.requires_grad):
         return torch.cat([measure(head(hidden[rows]).float(), rows, gradient=False) for rows in pieces])

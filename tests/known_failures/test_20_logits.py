@@ -42,7 +42,7 @@ def test_no_logits_beyond_a_chunk_and_the_gradient_is_the_plain_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of conversations whose answers are learned: many places carry no loss, and there is a tail chunk."""
-    monkeypatch.setitem(chunks.over_chunks.__kwdefaults__, "chunk", chunks.FEWEST * VOCABULARY)
+    monkeypatch.setattr(chunks, "CHUNK", chunks.FEWEST * VOCABULARY)
     variant, adapters = WAYS[way]
     job = preflight(recipe(adapters))
     model: Any = fresh(variant).requires_grad_(False)

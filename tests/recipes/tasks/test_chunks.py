@@ -93,7 +93,8 @@ def test_what_a_scaler_enlarges_is_not_lost_in_half_precision() -> None:
     scale = 2.0**14
 
     def gradient(losses: Tensor) -> Tensor:
-        return torch.autograd.grad(losses.sum() * scale, hidden)[0].float()
+        found: Tensor = torch.autograd.grad(losses.sum() * scale, hidden)[0]
+        return found.float()
 
     ours = gradient(over_chunks(head, hidden, CrossEntropy(targets))[:, 0])
     theirs = gradient(F.cross_entropy(head(hidden).float(), targets, reduction="none"))

@@ -84,7 +84,7 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunks.over_chunks.__kwdefaults__, "chunk", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
 
 
 def gradient(model: nn.Module) -> Tensor:

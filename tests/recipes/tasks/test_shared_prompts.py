@@ -203,7 +203,7 @@ def test_where_the_head_is_not_known_all_logits_are_made_at_once(loss: Any, shar
 
 def test_log_probabilities_in_chunks_are_those_of_all_logits(live_tensors: Any, monkeypatch: Any) -> None:
     """Of pairs in one row and in two, in value and gradient; nothing is larger than a chunk."""
-    monkeypatch.setitem(chunks.over_chunks.__kwdefaults__, "chunk", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     model = _model(LlamaConfig(**LLAMA | {"vocab_size": 70}))  # as wide as nothing else
     stack = attach(model, [{"lora": {"rank": 4}}])
     for tensor in stack.trainable().values():
@@ -212,7 +212,7 @@ def test_log_probabilities_in_chunks_are_those_of_all_logits(live_tensors: Any, 
         [e.ids for e in PAIRS] + [e.other_ids for e in PAIRS],
         [e.labels for e in PAIRS] + [e.other_labels for e in PAIRS],
     )
-    for batch in (joined(PAIRS * 4, PAD), collated(*(part * 4 for part in sequences), PAD)):
+    for batch in (joined(PAIRS * 4, PAD), collated(sequences[0] * 4, sequences[1] * 4, PAD)):
         found = []
         for arithmetic in (None, Arithmetic()):
             with live_tensors(width=70) as live:
