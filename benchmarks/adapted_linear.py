@@ -52,7 +52,7 @@ def main() -> None:
             report(what, dropout, *of_decoder(chosen.layers, dropout, chosen.packed), chosen.rounds)
 
 
-def of_linear(outputs: int, dropout: float) -> tuple[Mapping[str, Way], list[nn.Module]]:
+def of_linear(outputs: int, dropout: float) -> tuple[Mapping[str, Way], list[Tensor]]:
     """One linear: both passes, the gradient of the input included."""
     base = nn.Linear(INPUTS, outputs, bias=False).requires_grad_(False)
     a, b = torch.randn(RANK, INPUTS) * 0.05, torch.randn(outputs, RANK) * 0.05
@@ -69,10 +69,10 @@ def of_linear(outputs: int, dropout: float) -> tuple[Mapping[str, Way], list[nn.
         "PEFT": theirs,
     }
     ways = {name: partial(both_passes, layer.train(), x, grad) for name, layer in layers.items()}
-    return ways, list(layers.values())
+    return ways, [x, *(p for layer in layers.values() for p in layer.parameters())]
 
 
-def of_decoder(layers: int, dropout: float, packed: bool) -> tuple[Mapping[str, Way], list[nn.Module]]:
+def of_decoder(layers: int, dropout: float, packed: bool) -> tuple[Mapping[str, Way], list[Tensor]]:
     """The layers of a small Llama without its embeddings and logits, all linears adapted."""
     packing = ["nf4"] if packed else []
     model = load_base(BASE, packing, precision="fp32")
@@ -104,7 +104,7 @@ def of_decoder(layers: int, dropout: float, packed: bool) -> tuple[Mapping[str, 
     }
     if not packed:
         ways["PEFT"] = lambda: both_passes(lambda x: theirs.model(inputs_embeds=x, use_cache=False)[0], x, grad)
-    return ways, [model, theirs]
+    return ways, [x, *model.parameters(), *theirs.parameters()]
 
 
 def both_passes(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def both_passes(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) ->
     return y
 
 
-def report(what: str, dropout: float, ways: Mapping[str, Way], modules: list[nn.Module], rounds: int) -> None:
+def report(what: str, dropout: float, ways: Mapping[str, Way], leaves: list[Tensor], rounds: int) -> None:
     """Let the ways take turns, and print a row for each."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -126,20 +126,20 @@ def report(what: str, dropout: float, ways: Mapping[str, Way], modules: list[nn.
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
     base = seconds["frozen base"]
-    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     for name, way in ways.items():
         ratio = statistics.median(own / of_base for own, of_base in zip(seconds[name], base, strict=True))
-        print(f"| {what} | {dropout} | {name} | {ratio:.3f} | {kept(way, weights) / 2**20:.2f} MiB |", flush=True)
+        print(f"| {what} | {dropout} | {name} | {ratio:.3f} | {kept(way, known) / 2**20:.2f} MiB |", flush=True)
 
 
-def kept(way: Way, weights: set[int]) -> int:
+def kept(way: Way, leaves: set[int]) -> int:
     """Bytes that autograd keeps of one pass, other than weights and the input; each storage once."""
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # or a later tensor would be found at the address of an earlier one
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not (tensor.is_leaf and tensor.requires_grad):
+        if storage.data_ptr() not in leaves:
             found[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
         return tensor

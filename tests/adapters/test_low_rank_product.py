@@ -4,9 +4,9 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
@@ -29,13 +29,14 @@ def _frozen(packed: PackedWeight, bias: bool, dtype: torch.dtype) -> FrozenLinea
 
 
 def _four_bit(kind: str, bias: bool, dtype: torch.dtype) -> nn.Module:
-    packed: Any = bnb.nn.Params4bit(torch.randn(OUT, IN) * 0.2, requires_grad=False, quant_type=kind)
+    packed: Any = Params4bit(torch.randn(OUT, IN) * 0.2, requires_grad=False, quant_type=kind)
     return _frozen(Blocks4Bit(packed._quantize("cpu")), bias, dtype)
 
 
 def _int8(bias: bool, dtype: torch.dtype) -> nn.Module:
-    layer: Any = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
-    layer.weight = bnb.nn.Int8Params(torch.randn(OUT, IN) * 0.2, requires_grad=False, has_fp16_weights=False).to("cpu")
+    layer: Any = Linear8bitLt(IN, OUT, has_fp16_weights=False)
+    weight: Any = Int8Params(torch.randn(OUT, IN) * 0.2, requires_grad=False, has_fp16_weights=False)
+    layer.weight = weight.to("cpu")
     return _frozen(RowsInt8(layer), bias, dtype)
 
 
@@ -68,7 +69,8 @@ def layer(request: pytest.FixtureRequest) -> LowRankLinear:
 
 def _plain(layer: LowRankLinear, x: Tensor) -> Tensor:
     """The formula, step by step; what autograd makes of it is what is expected."""
-    return layer.base(x) + layer.scale * product(x, layer.lora_A, layer.lora_B)
+    y: Tensor = layer.base(x)
+    return y + layer.scale * product(x, layer.lora_A, layer.lora_B)
 
 
 def _results(
@@ -278,9 +280,9 @@ def _masked(layer: LowRankLinear, x: Tensor, seed: int) -> Tensor:
     """The plain formula with the mask that a pass from this seed draws."""
     torch.manual_seed(seed)
     mask = kept_inputs(x.detach().reshape(-1, IN), torch.randint(2**62, ()), _share(layer.dropout)).view(x.shape)
-    return layer.base(x) + layer.scale * product(
-        x * mask / (1 - _share(layer.dropout) / 2**16), layer.lora_A, layer.lora_B
-    )
+    y: Tensor = layer.base(x)
+    kept = x * mask / (1 - _share(layer.dropout) / 2**16)
+    return y + layer.scale * product(kept, layer.lora_A, layer.lora_B)
 
 
 def test_the_gradient_is_that_of_the_mask_of_its_own_forward_pass(layer: LowRankLinear) -> None:
@@ -297,7 +299,8 @@ def test_its_gradients_are_right_to_finite_differences() -> None:
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))[:, :5]
+        y: Tensor = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+        return y[:, :5]
 
     layer.base.requires_grad_(True)
     names = [name for name, _ in layer.named_parameters()]
@@ -327,7 +330,7 @@ def test_gradient_checkpointing_draws_the_same_masks(layer: LowRankLinear, reent
     torch.manual_seed(1)
     expected = _results(layer, layer, x)
     torch.manual_seed(1)
-    found = _results(lambda x: checkpoint(layer, x, use_reentrant=reentrant), layer, x)  # type: ignore[no-untyped-call]
+    found = _results(lambda x: checkpoint(layer, x, use_reentrant=reentrant), layer, x)
     _assert_close(found, expected, tolerance=0)
 
 
@@ -335,7 +338,7 @@ def test_a_checkpoint_that_draws_other_random_numbers_has_the_gradient_of_its_se
     """As with torch's own dropout: the seed belongs to what is computed again, not to the first pass."""
     layer, x = _layer(nn.Linear(IN, OUT), dropout=0.4).train(), torch.randn(5, IN, requires_grad=True)
     torch.manual_seed(1)
-    y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-untyped-call]
+    y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
     torch.manual_seed(2)
     y.sum().backward()
     expected = _results(lambda x: _masked(layer, x, 2), copy.deepcopy(layer), x, torch.ones(5, OUT))
