@@ -41,8 +41,8 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept(
         widths.append(_wide())
         sizes.append(len(kwargs["input_ids"]))
 
+    evaluator, _ = job.evaluator(stack)  # tries the model first
     model.register_forward_hook(look, with_kwargs=True)
-    evaluator, _ = job.evaluator(stack)
     gc.collect()
     before = _wide()
     evaluator(stack.model, list(job.dataset.evaluation))
