@@ -172,7 +172,8 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, own: Tensor, shared: Tensor, readers: Tensor) -> Tensor:
         ctx.save_for_backward(own, shared, readers)
-        return x.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+        apart: Tensor = x.index_select(1, index.flatten()).unflatten(1, index.shape)
+        return apart.transpose(0, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -55,8 +55,10 @@ TooLong = Literal["error", "drop", "cut-left", "cut-right", "window"]
 Meaning = Literal["class", "classes", "number"]
 
 IGNORED = -100  # a label that carries no loss; torch's own convention
-INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-INPUTS += ("decoder_input_ids", "decoder_attention_mask")
+INPUTS = (
+    *("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+)
 SEGMENTS = {name: f"segment_{name}" for name in Segments._fields}  # in a batch that is packed
 
 

@@ -30,7 +30,7 @@ from onegpu.recipes.tasks.packing import LEAST_SHARED, packed_batch, token_batch
 IGNORED, PAD = -100, 0
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+NO_DROPOUT: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIGS = {
     "llama": LlamaConfig(**LLAMA),
     "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
@@ -84,11 +84,11 @@ def _gradients(
     with task.at_work(model):
         objective = task.objective(model, batch)
         objective.total.backward()
-    found = {name: parameter.grad for name, parameter in trainable.items()}
-    for parameter in trainable.values():
-        parameter.grad = None
-    assert all(gradient is not None for gradient in found.values())
-    return {"loss": objective.total.detach(), "weight": torch.tensor(objective.weight)} | found  # type: ignore[return-value]
+    found = {"loss": objective.total.detach(), "weight": torch.tensor(objective.weight)}
+    for name, parameter in trainable.items():
+        assert parameter.grad is not None, name
+        found[name], parameter.grad = parameter.grad, None
+    return found
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_hidden_tokens_are_not_packed() -> None:
 
 def test_a_student_is_packed_beside_the_base_only() -> None:
     model = _model(CONFIGS["llama"])
-    inner = {"language-modelling": {}}
+    inner: dict[str, Any] = {"language-modelling": {}}
     for teacher, packs in (("base", True), ("somewhere", False)):
         task = Distillation(data="rows", task=inner, teacher=teacher)
         suited, _ = task.suited(model, EXAMPLES[0], longest=18, pad=PAD, packing=True)

@@ -150,7 +150,8 @@ def test_the_split_into_batches_changes_nothing(rewarding: tuple[PreTrainedModel
     for size in (1, 2, 7):
         loss, parts = _loss(task, model, examples, size)
         torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(_gradients(loss, stack), gradients, rtol=1e-4, atol=1e-6)
+        # Of the whole gradient: single values are sums in which larger ones cancel, and round as the processor adds.
+        assert (_gradients(loss, stack) - gradients).norm() <= 1e-5 * gradients.norm()
         assert task.scores(parts, [], reader) == pytest.approx(scores, rel=1e-4)
         assert all(type(value) is float for outcome in parts for value in outcome)
 
