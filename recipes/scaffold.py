@@ -99,8 +99,9 @@ def _imported(source: str) -> set[str]:
 def _occupied(folder: Path) -> Iterator[str]:
     if folder.is_dir() and any(folder.iterdir()):
         yield f"the folder {folder} is not empty"
-    elif folder.exists() and not folder.is_dir():
-        yield f"{folder} is a file"
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            yield f"{place} is a file"
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:

