@@ -235,6 +235,8 @@ THEIRS: dict[str, tuple[Change, str]] = {
     "PEFT: pickles": (_pickled, "pickles are never read"),
     "PEFT: a link to a device": (_linked(TENSORS, "/dev/zero"), "lies outside|is not an adapter folder"),
     "PEFT: a link outside": (_linked(CONFIG, "/etc/hostname"), "is not an adapter folder"),
+    "PEFT: tokenizer kwargs": (_config(tokenizer_kwargs={"trust_remote_code": True}), "says? tokenizer_kwargs"),
+    "PEFT: a plugin's import path": (_config(peft_type="hostile:Thing"), "knows no method"),
     "PEFT: an unknown setting": (_config(use_newthing="hostile"), "use_newthing, which PEFT here does not know"),
     "PEFT: an unknown method": (_config(peft_type="HOSTILE"), "knows no method"),
     "PEFT: not a number": (
@@ -255,6 +257,8 @@ IGNORED: dict[str, Change] = {
         (folder / name).write_text("raise SystemExit('executed')")
         for name in ("hostile.py", "__init__.py", "conftest.py", "sitecustomize.py")
     ],
+    "another base, as a folder": _config(base_model_name_or_path="/root/hostile"),
+    "another base, as a hub id": _config(base_model_name_or_path="hostile/base"),
     "links nobody follows": lambda folder: (folder / "more").symlink_to("/"),
 }
 

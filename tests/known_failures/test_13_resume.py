@@ -23,7 +23,7 @@ from onegpu.recipes import Loaded, Outcome, training
 Metrics = Callable[[Path], list[dict[str, Any]]]
 # Dropout, accumulation with a short window (10 rows: 3, 3, 3 and 1), groups with rates of their own.
 STACK = [{"lora": {"rank": 4, "dropout": 0.1}}, {"layerwise-lr": {"decay": 0.5}}]
-TRAIN: dict[str, Any] = {"steps": 10, "effective_batch": 3, "micro_batch": 2, "weight_decay": 0.1, "warmup": 2}
+TRAIN: dict[str, Any] = {"steps": 10, "effective_batch": 3, "micro_batch": 1, "weight_decay": 0.1, "warmup": 2}
 TIMED = ("seconds", "peak_memory")
 # Where the process ends, and the checkpoint that it goes on from: in epoch 0, on the edge of an epoch, in epoch 1.
 PLACES = {"first epoch": (3, 2), "edge": (5, 4), "second epoch": (7, 6)}

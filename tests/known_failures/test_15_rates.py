@@ -74,6 +74,17 @@ def test_b_moves_by_its_multiple_of_a(recipe: Recipe, run: Callable[..., Outcome
     assert [(g["tensors"], g["learning_rate"]) for g in groups] == [(14, 1e-3), (14, 16e-3)]
 
 
+def test_on_embeddings_nothing_is_sped_up_in_silence(recipe: Recipe, run: Callable[..., Outcome]) -> None:
+    """What trains of an embedding declares no B, whatever it is called; LoRA on one is refused."""
+    rows, plus = {"trainable-tokens": {"tokens": [5, 6], "name": "lora_B"}}, {"lora-plus": {"ratio": 16}}
+    with pytest.raises(TargetError, match="nothing in this stack has a B to speed up"):
+        run(recipe([rows, plus]), "alone")
+    run_facts = json.loads((run(recipe([LORA, rows, plus])).adapter / "manifest.json").read_text("utf-8"))["run"]
+    assert [(g["tensors"], g["learning_rate"]) for g in run_facts["groups"]] == [(14 + 1, 0.01), (14, 0.16)]
+    with pytest.raises(TargetError, match="embed_tokens"):
+        run(recipe([{"lora": {"targets": ["embed_tokens"]}}, plus]), "on it")
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_schedule_keeps_the_ratio_of_all_groups_and_logs_them(
     schedule: str, recipe: Recipe, run: Callable[..., Outcome], metrics: Any, tmp_path: Path

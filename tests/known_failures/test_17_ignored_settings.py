@@ -6,7 +6,8 @@ is checked and read by nobody.
 Here: unknown keys are errors at every level, with line and nearest name, exit code 2, all at once; numbers are numbers
 in any notation; `onegpu show` prints every effective value; every setting is read in a run.
 
-Also: tests/recipes/test_loading.py (every leaf key, misspelt and misplaced; every setting is read)
+Also: tests/recipes/test_loading.py (every leaf key, misspelt and misplaced), tests/recipes/test_every_setting.py (each
+setting is read, and each of training changes a run), tests/recipes/test_every_task_setting.py
 """
 
 import json
