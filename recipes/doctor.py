@@ -4,7 +4,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Run every check; none of them touches the network."""
     found = [Finding("python", True, platform.python_version())]
-    found += [Finding(name, True, version(name)) for name in LIBRARIES]
+    found += [_library(name) for name in LIBRARIES]
     checks: dict[str, Callable[[], str]] = {
         "device": _device,
         "precision": _precision,
@@ -56,6 +56,13 @@ def examine() -> list[Finding]:
         for entry in entries(group):
             found.append(_plugin(group, entry))
     return found
+
+
+def _library(name: str) -> Finding:
+    try:
+        return Finding(name, True, version(name))
+    except PackageNotFoundError:
+        return Finding(name, False, f"not installed: pip install {name}")
 
 
 def _plugin(group: str, entry: Entry) -> Finding:

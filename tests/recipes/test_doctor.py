@@ -44,3 +44,12 @@ def test_findings_are_json_on_demand(onegpu: Command, monkeypatch: pytest.Monkey
     code, out, _ = onegpu("doctor", "--json")
     assert code == 0
     assert {"what": "packing", "ok": True, "detail": "not looked at"} in json.loads(out)
+
+
+def test_a_library_that_is_not_there_is_a_finding(onegpu: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "a-library-of-nobody"))
+    monkeypatch.setattr(doctor, "_packing", lambda: "not looked at")
+    code, out, _ = onegpu("doctor")
+    assert code == 3
+    (failed,) = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert "pip install a-library-of-nobody" in failed

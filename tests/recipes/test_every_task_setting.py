@@ -115,7 +115,8 @@ def observed(make: Make, run: Callable[..., Outcome], saved_tensors: Any, tmp_pa
 
         def layer(self: LlamaMLP, x: Tensor) -> Tensor:
             shapes.append(x.shape)
-            return forward(self, x)
+            out: Tensor = forward(self, x)  # type: ignore[no-untyped-call]
+            return out
 
         folder = f"run-{len(list(tmp_path.iterdir()))}"
         with pytest.MonkeyPatch.context() as patch:
