@@ -138,6 +138,7 @@ def observed(make: Make, run: Callable[..., Outcome], saved_tensors: Any, tmp_pa
     return go
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "setting"), EVERY)
 def test_two_recipes_that_differ_in_one_setting_of_a_task_do_and_say_different_things(
     task: str, setting: str, observed: Observe
@@ -148,6 +149,7 @@ def test_two_recipes_that_differ_in_one_setting_of_a_task_do_and_say_different_t
     assert one[what] != other[what], what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TABLES)
 def test_the_same_settings_do_the_same_twice(task: str, observed: Observe) -> None:
     once = observed(task, {})
@@ -155,6 +157,7 @@ def test_the_same_settings_do_the_same_twice(task: str, observed: Observe) -> No
     assert observed(task, {}) == once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TABLES)
 def test_how_many_rows_may_be_unusable_decides_whether_there_is_a_run(task: str, observed: Observe) -> None:
     with pytest.raises(DataError, match=r"1 of 5 rows cannot be used"):

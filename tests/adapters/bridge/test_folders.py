@@ -72,6 +72,7 @@ def test_it_loads_as_it_is(stock: Path, tmp_path: Path) -> None:
     _load(stock, (stock / "adapter_config.json").read_text("utf-8"), tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_no_setting_of_another_type_is_a_traceback(stock: Path, tmp_path: Path) -> None:
     config = json.loads((stock / "adapter_config.json").read_text("utf-8"))
     refused = 0
