@@ -197,7 +197,7 @@ def _changed(example: Example) -> Example:
 
 def _draws(model: nn.Module, example: Example, pad: int) -> bool:
     """Whether training draws something at random, such as dropout: then each sequence has to have its own."""
-    batch = token_batch([example], pad)
+    batch = token_batch([_unlabelled(example.ids[:TRIED])], pad)
     with torch.no_grad(), torch.random.fork_rng():
         model.train()
         try:
