@@ -11,7 +11,7 @@ everything else is JSON: nothing is ever unpickled, and nothing in a folder can 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -32,11 +32,11 @@ from .fitting import check_base, config_faults, finite_faults, misfit, refuse_ex
 from .frozen_linear import packed_as
 from .manifest import CONFIG, MANIFEST, TENSORS, AdapterRecord, BaseRecord, Manifest, Saved, card, is_peft_folder, read
 from .registry import ADAPTERS
-from .specs import build
+from .specs import Named, build
 from .stack import Stack
 from .structure import head_modules
 
-__all__ = ["MANIFEST", "confirm", "fill", "load", "read", "save", "specs"]
+__all__ = ["MANIFEST", "attach_saved", "confirm", "fill", "load", "read", "save", "specs"]
 
 LIBRARIES = ("onegpu", "torch", "transformers", "bitsandbytes", "safetensors")
 TASK_TYPES = {
@@ -100,10 +100,28 @@ def load(model: nn.Module, folder: str | Path, *, allow_base_mismatch: bool = Fa
         return _load_from_peft(model, folder)
     saved = read(folder)
     mismatch = check_base(saved, model, allow=allow_base_mismatch)
-    named = build([_spec(record) for record in _attachable(saved, model)])
+    named = _named(saved, model)
     refuse_excess(folder, chain.from_iterable(t.values() for t in saved.tensors.values()), model, named)
-    stack = attach(model, named, fresh=False)
+    stack = _attached(model, named, saved)
     stack.base_mismatch = saved.manifest.base_mismatch + mismatch
+    return stack
+
+
+def attach_saved(model: nn.Module, saved: Saved) -> Stack:
+    """Attach a stack that was read and give it the saved values, on a model that is known to be its base.
+
+    Raises:
+        ArtefactError: keys, shapes, dtypes or configurations differ; nothing is attached.
+    """
+    return _attached(model, _named(saved, model), saved)
+
+
+def _named(saved: Saved, model: nn.Module) -> list[Named]:
+    return build([_spec(record) for record in _attachable(saved, model)])
+
+
+def _attached(model: nn.Module, named: Sequence[Named], saved: Saved) -> Stack:
+    stack = attach(model, named, fresh=False)
     try:
         _fill(stack, saved)
     except BaseException:
@@ -135,19 +153,21 @@ def fill(stack: Stack, folder: str | Path) -> None:
     _fill(stack, read(folder))
 
 
-def confirm(stack: Stack, folder: str | Path) -> None:
-    """Read a folder that was just written, and compare it with what is live, bit for bit.
+def confirm(stack: Stack, folder: str | Path) -> Saved:
+    """Read a folder that was just written, and compare it with what is live, bit for bit; returns what was read.
 
     Raises:
         ArtefactError: naming the first tensor that differs, is missing, or belongs to no adapter.
     """
-    written = {f"{name}/{key}": t for name, tensors in read(folder).tensors.items() for key, t in tensors.items()}
+    saved = read(folder)
+    written = {f"{name}/{key}": t for name, tensors in saved.tensors.items() for key, t in tensors.items()}
     live = {f"{name}/{key}": t for name, (own, _) in _tensor_files(stack).items() for key, t in own.items()}
     if faults := tensor_faults(live, written):
         raise ArtefactError(f"{folder} was not written as it is: {faults[0].removeprefix('./')}")
     for key, tensor in live.items():
         if not torch.equal(tensor.cpu(), written[key]):
             raise ArtefactError(f"{folder}: {key.removeprefix('./')} was not written as it is")
+    return saved
 
 
 def _tensor_files(stack: Stack) -> dict[str, tuple[dict[str, Tensor], Attachment | None]]:

@@ -36,8 +36,7 @@ PROOFS = {  # file, or file and function, and what it is called on the page; the
     "adapters/artefact.py confirm": "round trip at the end",
     "recipes/proofs.py": "round trip at the end",
     "recipes/running.py _prove": "round trip at the end",
-    "tasks/packing.py _tried": "trials of packing and head",
-    "tasks/packing.py _draws": "trials of packing and head",
+    "tasks/packing.py of_model": "trials of packing and head",
     "tasks/output_head.py find_head": "trials of packing and head",
 }
 REST = "everything else"

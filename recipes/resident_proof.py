@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from onegpu.adapters import OnegpuError, ProofFailed, Stack, load
-from onegpu.adapters.artefact import confirm
+from onegpu.adapters import OnegpuError, ProofFailed, Stack
+from onegpu.adapters.artefact import attach_saved, confirm
+from onegpu.adapters.manifest import Saved
 from onegpu.adapters.specs import Named
 from onegpu.adapters.twins import twin
 
@@ -37,17 +38,17 @@ class ResidentProof:
             ProofFailed: what was written is not what is trained.
         """
         try:
-            confirm(self.stack, folder)
-            return None if self.untouched is None else self._again(folder, self.untouched)
+            saved = confirm(self.stack, folder)
+            return None if self.untouched is None else self._again(saved, self.untouched)
         except ProofFailed:
             raise
         except (OnegpuError, KeyError) as cause:
             raise ProofFailed(f"round trip: {cause}") from cause
 
-    def _again(self, folder: Path, untouched: nn.Module) -> float:
+    def _again(self, saved: Saved, untouched: nn.Module) -> float:
         with undisturbed():
             probe = Probe.of(self.stack.model, self.inputs)
-            second = load(twin(untouched), folder, allow_base_mismatch=True)  # it is the same base: it has its tensors
+            second = attach_saved(untouched, saved)
             try:
                 return round_trip(probe, second.model)
             finally:

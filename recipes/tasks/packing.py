@@ -52,10 +52,9 @@ class PackedTask(TokenTask):
         if not self.packing or not self.causal():
             return task, remark
         reason = cannot_pack(model, longest) if packing else "an adapter or a teacher would mix what is in a row"
-        reason = reason or _tried(model, example, pad)
+        shares, reason = (False, reason) if reason else Trial.of(example).of_model(model, pad)
         if reason:
             return task, _together(f"rows are padded to one length, not packed: {reason}", remark)
-        shares = not _draws(model, example, pad)
         what = "rows are packed" + ", and what several begin with is read once" * shares
         return task._packing(shares), _together(what, remark)
 
@@ -147,42 +146,62 @@ def _first_supervised(example: Example) -> int:
 # --- where it is possible ---------------------------------------------------------------------------------------------
 
 
-def _tried(model: nn.Module, example: Example, pad: int) -> str:
-    """Why this model cannot have several sequences in a row; "" where it can.
+class Trial(NamedTuple):
+    """Two sequences that begin alike, to try on a model."""
 
-    A trial decides: no sequence changes another's logits by a bit, and both have those that they have alone up to
-    rounding, in rows that begin alike and in rows that do not.
-    """
-    ids = list(example.ids[:TRIED])
-    half = len(ids) // 2
-    first, other = _unlabelled(ids), _unlabelled([*ids[:half], *reversed(ids[half:]), *ids[:1]])
-    try:
-        with torch.no_grad():
-            return _compared(model, first, other, pad)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as cause:
-        return f"it does not take such a row: {str(cause).splitlines()[0]}"
+    first: Example
+    other: Example
 
+    @classmethod
+    def of(cls, example: Example) -> Self:
+        ids = list(example.ids[:TRIED])
+        half = len(ids) // 2
+        return cls(_unlabelled(ids), _unlabelled([*ids[:half], *reversed(ids[half:]), *ids[:1]]))
 
-def _compared(model: nn.Module, first: Example, other: Example, pad: int) -> str:
-    alone = [_logits(model, token_batch([example], pad))[0] for example in (first, other)]
-    rounding = max(1e-4, ROUNDING * torch.finfo(alone[0].dtype).eps)
-    for shares in (False, True):
-        found = _of_two(model, first, other, shares)
-        for mine, expected in zip(found, alone, strict=True):
+    def of_model(self, model: nn.Module, pad: int) -> tuple[bool, str]:
+        """Whether what sequences begin with can be shared, and why this model cannot pack at all; "" where it can.
+
+        No sequence may change another's logits by a bit, and both must have those that they have alone up to rounding.
+        Dropout and its kin draw for each token: there each sequence has to have its own.
+        """
+        try:
+            with torch.no_grad():
+                alone = self._alone(model, pad)
+                shares = torch.equal(alone, self._training(model, pad))
+                return shares, self._fault(model, alone, shares)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as cause:
+            return False, f"it does not take such a row: {str(cause).splitlines()[0]}"
+
+    def _alone(self, model: nn.Module, pad: int) -> Tensor:  # (2, longest, vocabulary)
+        return _logits(model, token_batch(list(self), pad))
+
+    def _training(self, model: nn.Module, pad: int) -> Tensor:  # (2, longest, vocabulary)
+        with torch.random.fork_rng():
+            model.train()
+            try:
+                return self._alone(model, pad)
+            finally:
+                model.eval()
+
+    def _fault(self, model: nn.Module, alone: Tensor, shares: bool) -> str:
+        together = self._together(model, shares)
+        rounding = max(1e-4, ROUNDING * torch.finfo(alone.dtype).eps)
+        for mine, expected in zip(together, alone, strict=True):
+            expected = expected[: len(mine)]  # behind it is padding
             if (mine - expected).abs().max() > rounding * expected.abs().max():
                 return "the logits are not those of sequences by themselves"
-        beside = _of_two(model, _changed(first), other, shares)[1], _of_two(model, first, _changed(other), shares)[0]
-        if not (torch.equal(beside[0], found[1]) and torch.equal(beside[1], found[0])):
-            return "one sequence sees another"
-    return ""
+        other = self._replace(first=_changed(self.first))._together(model, shares)[1]
+        first = self._replace(other=_changed(self.other))._together(model, shares)[0]
+        apart = torch.equal(first, together[0]) and torch.equal(other, together[1])
+        return "" if apart else "one sequence sees another"
 
-
-def _of_two(model: nn.Module, first: Example, other: Example, shares: bool) -> tuple[Tensor, Tensor]:
-    """The logits of two sequences in one row, as if each stood alone: (tokens, vocabulary) each."""
-    together = _logits(model, packed_batch([first, other], shares=shares))[0]
-    shared = _shared_length([first, other]) if shares else 0
-    shared = shared if shared >= LEAST_SHARED else 0
-    return together[: first.size], torch.cat([together[:shared], together[first.size :]])
+    def _together(self, model: nn.Module, shares: bool) -> tuple[Tensor, Tensor]:
+        """The logits of both in one row, as if each stood alone: (tokens, vocabulary) each."""
+        found = _logits(model, packed_batch(list(self), shares=shares))[0]
+        length = _shared_length(self) if shares else 0
+        length = length if length >= LEAST_SHARED else 0
+        size = self.first.size
+        return found[:size], torch.cat([found[:length], found[size:]])
 
 
 def _unlabelled(ids: Sequence[int]) -> Example:
@@ -193,18 +212,6 @@ def _changed(example: Example) -> Example:
     """Another token at its end."""
     last = next(token for token in example.ids if token != example.ids[-1]) if len(set(example.ids)) > 1 else 0
     return _unlabelled([*example.ids[:-1], last])
-
-
-def _draws(model: nn.Module, example: Example, pad: int) -> bool:
-    """Whether training draws something at random, such as dropout: then each sequence has to have its own."""
-    batch = token_batch([_unlabelled(example.ids[:TRIED])], pad)
-    with torch.no_grad(), torch.random.fork_rng():
-        model.train()
-        try:
-            first, second = _logits(model, batch), _logits(model, batch)
-        finally:
-            model.eval()
-    return not torch.equal(first, second)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

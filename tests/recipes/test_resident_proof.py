@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onegpu.adapters import ProofFailed, artefact, load
+from onegpu.adapters import ProofFailed, artefact
+from onegpu.adapters.artefact import attach_saved
 from onegpu.adapters.files import damage
 from onegpu.recipes import Loaded, Outcome, checkpoints, training
 from onegpu.recipes.checkpoints import write_checkpoint
@@ -163,7 +164,7 @@ def test_the_proof_changes_neither_the_model_nor_random_numbers(
 
     def drawing(*args: Any, **options: Any) -> Any:
         torch.rand(1), random.random(), numpy.random.rand()  # as somebody's adapter may
-        return load(*args, **options)
+        return attach_saved(*args, **options)
 
     def prove(self: ResidentProof, folder: Path) -> float | None:
         before = state(self)
@@ -172,7 +173,7 @@ def test_the_proof_changes_neither_the_model_nor_random_numbers(
         return found
 
     monkeypatch.setattr(ResidentProof, "__call__", prove)
-    monkeypatch.setattr("onegpu.recipes.resident_proof.load", drawing)
+    monkeypatch.setattr("onegpu.recipes.resident_proof.attach_saved", drawing)
     run(chat_recipe([LORA, {"prefix": {"length": 3}}], train=EVERY))
     assert seen == [True, True]
 
