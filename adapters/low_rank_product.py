@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from .drawn_masks import SHARES, kept, seed, share
 from .frozen_linear import FrozenLinear, PackedWeight, floats, in_autocast
 
-__all__ = ["LowRankProduct", "adapted", "is_plain", "is_undisturbed", "kept_inputs"]
-
-SHARES = 2**16  # of inputs that are dropped
+__all__ = ["LowRankProduct", "adapted", "is_plain", "is_undisturbed"]
 
 
 class LowRankProduct(NamedTuple):
@@ -49,8 +48,8 @@ def adapted(linear: nn.Module, x: Tensor, products: Sequence[LowRankProduct]) ->
     weight, bias = _parts(linear)
     x, weight, bias = in_autocast(x), weight if isinstance(weight, PackedWeight) else in_autocast(weight), bias
     bias = None if bias is None else bias.to(x.dtype) if isinstance(linear, FrozenLinear) else in_autocast(bias)
-    settings = tuple((product.scale, _share(product.dropout)) for product in products)
-    tensors = [t for product in products for t in (product.a, product.b, _seed(product.dropout))]
+    settings = tuple((product.scale, share(product.dropout)) for product in products)
+    tensors = [t for product in products for t in (product.a, product.b, seed(product.dropout))]
     y: Tensor = _Adapted.apply(x, weight, bias, settings, *tensors)  # type: ignore[no-untyped-call]
     return y
 
@@ -61,34 +60,6 @@ def _parts(linear: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
         return linear.packed, linear.bias
     assert isinstance(linear, (nn.Linear, Conv1D)), type(linear)
     return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight), linear.bias
-
-
-def _share(dropout: float) -> int:
-    """How many of 65,536 inputs are dropped; some and not all, unless there is no dropout."""
-    return min(max(round(dropout * SHARES), 1), SHARES - 1) if dropout else 0
-
-
-def _seed(dropout: float) -> Tensor | None:
-    """Of the mask: drawn from torch's own stream, so that a resumed or recomputed pass draws the same."""
-    return torch.randint(2**62, ()) if dropout else None
-
-
-@torch.library.custom_op("onegpu::kept_inputs", mutates_args=())
-def kept_inputs(like: Tensor, seed: Tensor, dropped: int) -> Tensor:
-    """1 where an input is kept, 0 where it is dropped, in the shape and dtype of `like`; the same for the same seed.
-
-    An operator of its own, since a compiler can look into no generator. `dropped` of 65,536 are dropped, so that four
-    numbers are drawn at once: on a CPU, a third of the time of torch's Bernoulli numbers.
-    """
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
-    numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()].view(like.shape)
-    return (numbers >= dropped - SHARES // 2).to(like.dtype)
-
-
-@kept_inputs.register_fake
-def _(like: Tensor, seed: Tensor, dropped: int) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 class _Adapted(torch.autograd.Function):
@@ -160,7 +131,7 @@ class _Product(NamedTuple):
         return self.scale / (1 - self.dropped / SHARES)
 
     def mask(self, like: Tensor) -> Tensor | None:
-        return None if self.seed is None else kept_inputs(like, self.seed, self.dropped)
+        return None if self.seed is None else kept(like, self.seed, self.dropped)
 
     def inner(self, rows: Tensor) -> Tensor:  # (tokens, in) -> (tokens, rank)
         mask = self.mask(rows)

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .drawn_masks import seed, share
+from .segment_attention import apart, segment_attention, together
 
 __all__ = ["Segments", "cannot_pack", "packed_attention", "sees_less", "segments_of"]
 
@@ -132,7 +134,7 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    return _over_segments(sdpa_attention_forward, module, query, key, value, **kwargs)
+    return _over_segments(_fused, module, query, key, value, **kwargs)
 
 
 def _attend_plainly(
@@ -153,17 +155,23 @@ def _over_segments(
 ) -> tuple[Tensor, None]:  # (1, tokens, heads, size)
     if segments is None or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError("the model does not hand on which tokens belong together")
-    s = segments
+    return attend(module, query[0], key[0], value[0], segments, **kwargs)[None], None
+
+
+def _fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, s: Segments, **kwargs: Any
+) -> Tensor:  # (tokens, heads, size)
+    """Segments beside one another in torch's own attention."""
     none = s.shared[:0]
-    apart, _ = attend(
+    found, _ = sdpa_attention_forward(
         module,
-        _Apart.apply(query[0], s.queries, s.places, none, s.readers[:0]),  # type: ignore[no-untyped-call]
-        _Apart.apply(key[0], s.keys, s.key_places, s.shared, s.readers),  # type: ignore[no-untyped-call]
-        _Apart.apply(value[0], s.keys, s.key_places, s.shared, s.readers),  # type: ignore[no-untyped-call]
+        _Apart.apply(query, s.queries, s.places, none, s.readers[:0]),  # type: ignore[no-untyped-call]
+        _Apart.apply(key, s.keys, s.key_places, s.shared, s.readers),  # type: ignore[no-untyped-call]
+        _Apart.apply(value, s.keys, s.key_places, s.shared, s.readers),  # type: ignore[no-untyped-call]
         s.seen,
         **kwargs,
     )  # (segments, longest, heads, size)
-    return apart.flatten(0, 1).index_select(0, s.places)[None], None
+    return found.flatten(0, 1).index_select(0, s.places)
 
 
 class _Apart(torch.autograd.Function):
@@ -171,21 +179,13 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, own: Tensor, shared: Tensor, readers: Tensor) -> Tensor:
-        ctx.save_for_backward(own, shared, readers)
-        apart: Tensor = x.index_select(1, index.flatten()).unflatten(1, index.shape)
-        return apart.transpose(0, 1)
+        ctx.save_for_backward(index, own, shared, readers)
+        return apart(x, index).transpose(0, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own, shared, readers = ctx.saved_tensors
-        flat = grad.transpose(0, 1).flatten(1, 2)  # (heads, segments · places, size)
-        found = flat.index_select(1, own)
-        if len(shared):
-            behind = F.pad(flat, (0, 0, 0, 1))  # a place that holds zeros, for those with fewer readers
-            read = behind.index_select(1, readers.flatten()).unflatten(1, readers.shape).sum(2)
-            found[:, shared] += read
-        return found, None, None, None, None
+        return together(grad.transpose(0, 1), *ctx.saved_tensors), None, None, None, None
 
 
 def _plain(
@@ -193,24 +193,19 @@ def _plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor | None,
+    s: Segments,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """softmax(Q Kᵀ · scaling) V in plain matrix products, the softmax in float32, as transformers' models have it."""
+) -> Tensor:  # (tokens, heads, size)
+    """softmax(Q Kᵀ · scaling) V in plain matrix products."""
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("it changes attention scores in a way of its own")
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if seen is None:
-        rows = query.shape[2]
-        seen = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
-    return (weights @ value).transpose(1, 2), None
+    dropout = dropout if module.training else 0.0
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    found: Tensor = segment_attention(query, key, value, *s, seed(dropout), scaling, share(dropout))
+    return found
 
 
 AttentionInterface.register(PACKED["sdpa"], _attend)

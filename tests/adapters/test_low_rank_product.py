@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from onegpu.adapters.drawn_masks import kept, share
 from onegpu.adapters.frozen_linear import FrozenLinear, PackedWeight
 from onegpu.adapters.lora import LoRA
 from onegpu.adapters.low_rank import LowRankLinear, product
-from onegpu.adapters.low_rank_product import _share, is_plain, kept_inputs
+from onegpu.adapters.low_rank_product import is_plain
 from onegpu.adapters.quantised import Blocks4Bit, RowsInt8
 
 IN, OUT, RANK = 64, 96, 4
@@ -254,8 +255,8 @@ def test_under_autocast_it_computes_in_the_lower_dtype(layer: LowRankLinear, tra
 def test_a_seed_always_gives_the_same_mask(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     like, seed = torch.empty(shape, dtype=dtype), torch.tensor(7)
     state = torch.get_rng_state()
-    mask = kept_inputs(like, seed, 2**14)
-    assert torch.equal(mask, kept_inputs(like, seed, 2**14))
+    mask = kept(like, seed, 2**14)
+    assert torch.equal(mask, kept(like, seed, 2**14))
     assert torch.equal(torch.get_rng_state(), state)
     assert mask.dtype is dtype
     assert mask.shape == shape
@@ -265,9 +266,9 @@ def test_a_seed_always_gives_the_same_mask(shape: tuple[int, ...], dtype: torch.
 @pytest.mark.parametrize("dropout", [1e-4, 0.1, 0.5, 0.999])
 def test_a_mask_drops_the_share_that_was_asked_for(dropout: float) -> None:
     """Within five standard deviations, in the whole and in each row and column; neighbours know nothing of another."""
-    mask = kept_inputs(torch.empty(1000, 1000), torch.tensor(3), _share(dropout))
-    assert abs(_share(dropout) / 2**16 - dropout) <= 2**-17
-    spread, dropout = (dropout * (1 - dropout)) ** 0.5, _share(dropout) / 2**16
+    mask = kept(torch.empty(1000, 1000), torch.tensor(3), share(dropout))
+    assert abs(share(dropout) / 2**16 - dropout) <= 2**-17
+    spread, dropout = (dropout * (1 - dropout)) ** 0.5, share(dropout) / 2**16
     assert abs(1 - mask.mean() - dropout) <= 5 * spread / 1000 + 1e-9
     for dim in (0, 1):
         assert (1 - mask.mean(dim) - dropout).abs().max() <= 5 * spread / 1000**0.5 + 0.01
@@ -279,10 +280,10 @@ def test_a_mask_drops_the_share_that_was_asked_for(dropout: float) -> None:
 def _masked(layer: LowRankLinear, x: Tensor, seed: int) -> Tensor:
     """The plain formula with the mask that a pass from this seed draws."""
     torch.manual_seed(seed)
-    mask = kept_inputs(x.detach().reshape(-1, IN), torch.randint(2**62, ()), _share(layer.dropout)).view(x.shape)
+    mask = kept(x.detach().reshape(-1, IN), torch.randint(2**62, ()), share(layer.dropout)).view(x.shape)
     y: Tensor = layer.base(x)
-    kept = x * mask / (1 - _share(layer.dropout) / 2**16)
-    return y + layer.scale * product(kept, layer.lora_A, layer.lora_B)
+    inputs = x * mask / (1 - share(layer.dropout) / 2**16)
+    return y + layer.scale * product(inputs, layer.lora_A, layer.lora_B)
 
 
 def test_the_gradient_is_that_of_the_mask_of_its_own_forward_pass(layer: LowRankLinear) -> None:
