@@ -77,7 +77,7 @@ class _Adapted(torch.autograd.Function):
         lows = []
         for product in _products(settings, tensors):
             lows.append(product.inner(rows))
-            sums.addmm_(lows[-1], product.b.to(y.dtype).T, alpha=product.factor)
+            _add_product(sums, lows[-1], product.b.to(y.dtype).T, product.factor)
         _keep(ctx, x, weight, settings, tensors, lows)
         return y
 
@@ -154,9 +154,23 @@ class _Product(NamedTuple):
 
 def _add_to(gx: Tensor, g_low: Tensor, a: Tensor, mask: Tensor | None) -> None:
     if mask is None:
-        gx.addmm_(g_low, a)
+        _add_product(gx, g_low, a, 1.0)
     else:
         gx.addcmul_(g_low @ a, mask)
+
+
+def _add_product(sums: Tensor, one: Tensor, other: Tensor, factor: float) -> None:
+    """sums += factor · one @ other, in place."""
+    if torch.compiler.is_compiling():
+        _added_in_place(sums, one, other, factor)
+    else:
+        sums.addmm_(one, other, alpha=factor)
+
+
+@torch.library.custom_op("onegpu::added_in_place", mutates_args={"sums"})
+def _added_in_place(sums: Tensor, one: Tensor, other: Tensor, factor: float) -> None:
+    """Of a method of torch's own, a compiler makes a sum that is written into a copy."""
+    sums.addmm_(one, other, alpha=factor)
 
 
 def _products(settings: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> Iterator[_Product]:

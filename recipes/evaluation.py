@@ -106,11 +106,14 @@ def reference(task: Task, stack: Stack, autocast: torch.autocast) -> Refer:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradient and evaluation mode inside the block; afterwards each module is in the mode it was in."""
+    """No gradient and evaluation mode inside the block; afterwards each module is in the mode it was in.
+
+    Layers that are compiled for training run as they are.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

@@ -19,9 +19,10 @@ from onegpu.adapters.files import move, write_json
 from onegpu.adapters.fingerprints import fingerprint
 from onegpu.adapters.fitting import check_base
 
+from .compiling import Compilation, compile_layers
 from .data.batches import micro_batches
 from .display import Display, human_bytes
-from .evaluation import on_device, shown
+from .evaluation import on_device, shown, surveyed
 from .facts import facts_of
 from .jobs import Job, preflight
 from .loading import Loaded
@@ -32,7 +33,7 @@ from .resuming import go_on
 from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, target_lines, unusable_lines
-from .tasks import Task, model_inputs
+from .tasks import Objective, Task, model_inputs
 from .tokenizers import tokenizer_digest
 from .training import Session, keep_best, train
 
@@ -201,12 +202,28 @@ def _session(
     trained = sum(group.elements for group in groups)
     display.line("trains", f"{trained:,} of {parameters:,} parameters ({trained / parameters:.2%})")
     _describe_groups(groups, settings.learning_rate, display)
-    for text in (remark, unreached_peak(settings, job.steps)):
+    if settings.compile:
+        session.compilation = _compiled(session)
+    for text in (remark, session.compilation.line(), unreached_peak(settings, job.steps)):
         if text:
             display.line("note", text)
     if resuming is not None:
         go_on(session, facts, changed=resuming.changed, accept_changes=resuming.accept_changes)
     return session, save
+
+
+def _compiled(session: Session) -> Compilation:
+    """Compiled on the first batch of all, in a run that goes on, too: the same kernels give the same bytes."""
+    s = session
+    chunk = s.evaluator.cut(s.task.prepare([s.examples[i] for i in s.plan.window(0)], s.plan.window_seed(0)))[0]
+    batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
+    (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
+
+    def loss() -> Objective:
+        with s.task.at_work(s.model), s.evaluator.autocast:
+            return s.task.objective(s.model, batch)
+
+    return compile_layers(s.stack, loss)
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:

@@ -73,6 +73,11 @@ class StepProof:
         self.proved = {name for name in state["proved"] if name in trainable}
         self.suspects = {name: why for name, why in state["suspects"].items() if name in trainable}
 
+    @property
+    def watches(self) -> bool:
+        """Whether hooks look at modules while they run."""
+        return any(watch is not None and watch.handles for watch in (self._flow, self._shared))
+
     def before_loss(self) -> None:
         """Watch modules that share a tensor; and, once something is suspected, those that may have cut it off."""
         if not self.pending:

@@ -25,6 +25,7 @@ from onegpu.adapters.files import atomic_folder, damage, move, seal
 from onegpu.adapters.fingerprints import Fingerprint
 
 from .checkpoints import random_states, write_checkpoint
+from .compiling import Compilation
 from .data.batches import Plan
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
@@ -61,6 +62,7 @@ class Session:
     save_adapter: Callable[[Path], None]
     prove: Callable[[Path], object]  # that a saved adapter is the one that is trained
     selection: Selection
+    compilation: Compilation = field(default_factory=Compilation)
     step: int = 0  # optimiser steps done
     scores: list[dict[str, float]] = field(default_factory=list)  # one per evaluation, the first with the adapter off
     test: dict[str, float] = field(default_factory=dict)
@@ -189,7 +191,7 @@ def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.P
     s.proof.before_loss()
     for batch in _batches(s, window):
         try:
-            with s.task.at_work(s.model):
+            with s.compilation(watched=s.proof.watches), s.task.at_work(s.model):
                 with s.evaluator.autocast:
                     objective = s.task.objective(s.model, batch)
                 _check_finite(s, objective, batch)

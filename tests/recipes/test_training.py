@@ -90,12 +90,12 @@ def updates(
 Updates = Callable[..., list[tuple[Tensors, list[float]]]]
 
 
-def _assert_all_the_same(found: list[tuple[Tensors, list[float]]]) -> None:
+def _assert_all_the_same(found: list[tuple[Tensors, list[float]]], tolerance: float = TOLERANCE) -> None:
     expected, losses = found[0]
     assert len(found) > 1
     for update, logged in found[1:]:
-        assert _distance(update, expected) <= TOLERANCE
-        assert logged == pytest.approx(losses, rel=TOLERANCE)
+        assert _distance(update, expected) <= tolerance
+        assert logged == pytest.approx(losses, rel=tolerance)
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -115,7 +115,7 @@ def test_a_ragged_split_and_the_short_window_at_the_end_count_as_they_should(
     settings = {"epochs": 1, "steps": None, "effective_batch": 4, "learning_rate": rate}
     found = updates(chat_recipe, STACKS[stack], [settings | {"micro_batch": n} for n in (4, 3)])
     assert [len(losses) for _, losses in found] == [3, 3]
-    _assert_all_the_same(found)
+    _assert_all_the_same(found, 2 * TOLERANCE)  # the second and third step go on from what was rounded
 
 
 @pytest.mark.parametrize("stack", ["lora", "full"])

@@ -102,7 +102,9 @@ def test_it_is_stock_peft_in_outputs_gradients_and_files(kind: PeftType, family:
 
     prompt = isinstance(stack.named[0].adapter, Prompt)  # PEFT computes them no more once they are saved
     stock = PeftModel.from_pretrained(load_tiny(family), str(tmp_path / "ours"), is_trainable=not prompt)
-    assert torch.equal(stock_outputs(stock, kind, family), outputs)
+    theirs = stock_outputs(stock, kind, family)
+    # Of prompts, stock PEFT has no mask where ours says that everything is seen: another kernel on some processors.
+    assert torch.allclose(theirs, outputs, rtol=1e-5, atol=1e-6) if prompt else torch.equal(theirs, outputs)
     if not prompt and stack.named[0].adapter.capabilities.row_by_row:  # the others draw at random while they train
         assert_same_gradients(stack, stock, kind, family)
 

@@ -107,7 +107,7 @@ def _assert_same(ours: Any, theirs: Any, trainable: Mapping[str, nn.Parameter], 
     assert nats == pytest.approx(other_nats, rel=rounding)
     one, other = _taken(ours.total, trainable), _taken(theirs.total, trainable)
     assert one.keys() == other.keys()
-    floor = 0.01 * max(float(tensor.abs().max()) for tensor in other.values())  # a key's bias has rounding only
+    floor = 0.05 * max(float(tensor.abs().max()) for tensor in other.values())  # a key's bias has rounding only
     for name in one:
         atol = rounding * max(float(other[name].abs().max()), floor)
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol, msg=name)
