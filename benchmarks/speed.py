@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py [--data quartz chitchat] [--steps 5] [--rounds 2] [--precision fp32] [--out FILE.md]
 
-The rows of each step are tokenised once, and both sides start from the same A and B. They run in turn, each in a
-process of its own (A B A B ...), on nothing but the steps: what is quoted is the median over rounds of the ratio of
-median step times. A first process says what memory the loaded base takes; peaks are above that.
+The rows of each step are tokenised once, and all sides start from the same A and B. They run in turn, each in a process
+of its own (A B C A B C ...), on nothing but the steps, after a first one that does not count. What is quoted is the
+median over rounds of the ratio of median step times. A first process says what memory the loaded base takes; peaks are
+above that.
 """
 
 import argparse
@@ -26,10 +27,11 @@ DATA = {
     "quartz": {"data": "sample:quartz", "supervise": "last", "limit": 400, "too_long": "drop"},
     "chitchat": {"data": "sample:chitchat", "supervise": "assistant", "limit": 300, "too_long": "cut-right"},
 }
-SIDES = ("onegpu", "trl")
+OURS = {"onegpu": {}, "onegpu, compiled": {"compile": True}}  # what is set beside the rest
+TRL = "trl + PEFT"
 
 
-def recipe(data: str, steps: int, precision: str, adapter: str | None = None) -> str:
+def recipe(data: str, steps: int, precision: str, **settings: Any) -> str:
     """The run of our side."""
     chat = DATA[data] | {"evaluation": "none", "max_length": LONGEST}
     train = {
@@ -43,7 +45,7 @@ def recipe(data: str, steps: int, precision: str, adapter: str | None = None) ->
         "checkpoint_every": None,
     }
     stack = [{"lora": {"rank": RANK, "alpha": ALPHA}}]
-    return json.dumps({"base": BASE, "adapters": stack, "adapter": adapter, "task": {"chat": chat}, "train": train})
+    return json.dumps({"base": BASE, "adapters": stack, "task": {"chat": chat}, "train": train | settings})
 
 
 # --- one process each -------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def prepare(place: Path, data: str, steps: int, precision: str) -> dict[str, Any
     return {"base": memory, "place": job.place, "tokens": tokens, "rows": len(rows), "supervised": job.dataset.report()}
 
 
-def onegpu(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
+def onegpu(place: Path, data: str, steps: int, precision: str, **settings: Any) -> dict[str, Any]:
     """Our loop, as `onegpu run` has it."""
     from safetensors.torch import load_file
 
@@ -83,7 +85,7 @@ def onegpu(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]
 
     from accelerate import Accelerator  # isort: skip
 
-    job = preflight(parse_recipe(recipe(data, steps, precision), name="speed", folder=place))
+    job = preflight(parse_recipe(recipe(data, steps, precision, **settings), name="speed", folder=place))
     began = resident()
     model = job.load_base()
     folder = RunFolder(place / f"run-{time.time_ns()}")
@@ -172,7 +174,7 @@ def peak() -> int:
 
 def child(role: str, place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
     """Run a role in a process of its own."""
-    out = place / f"{role}.json"
+    out = place / "found.json"
     command = [sys.executable, __file__, "--role", role, "--place", str(place), "--data", data]
     subprocess.run([*command, "--steps", str(steps), "--precision", precision], check=True, stdout=subprocess.DEVNULL)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
@@ -180,49 +182,75 @@ def child(role: str, place: Path, data: str, steps: int, precision: str) -> dict
 
 
 def compare(data: str, steps: int, rounds: int, precision: str) -> list[str]:
-    """Rows of the table for one data set."""
+    """Rows of the table for one data set, one for each side."""
+    sides = [*OURS, TRL]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        prepared = child("prepared", place, data, steps, precision)
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-        for _ in range(rounds):
-            for side in SIDES:
-                found[side].append(child(side, place, data, steps, precision))
-    ratios = [
-        statistics.median(b["seconds"][1:]) / statistics.median(a["seconds"][1:])
-        for a, b in zip(found["onegpu"], found["trl"], strict=True)
+        prepared = child("prepare", place, data, steps, precision)
+        (place / "prepared.json").write_text(json.dumps(prepared), "utf-8")
+        found = [{side: child(side, place, data, steps, precision) for side in sides} for _ in range(rounds)]
+    return [row(side, data, precision, found, prepared, steps) for side in sides]
+
+
+def row(
+    side: str,
+    data: str,
+    precision: str,
+    found: list[dict[str, dict[str, Any]]],
+    prepared: dict[str, Any],
+    steps: int,
+) -> str:
+    """What one side came to, beside trl + PEFT in the same round."""
+    second = statistics.median([s for turn in found for s in turn[side]["seconds"][1:]])
+    ratios = [median_step(turn[TRL]) / median_step(turn[side]) for turn in found]
+    memory = {name: min(turn[name]["peak"] for turn in found) - prepared["base"] for name in (side, TRL)}
+    apart = max(abs(a - b) for a, b in zip(found[0][side]["losses"], found[0][TRL]["losses"], strict=True))
+    cells = [
+        data,
+        precision,
+        side,
+        f"{second:.2f}",
+        f"{prepared['tokens'] / steps / second:.0f}",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{memory[side] / 1e9:.2f}",
+        f"{memory[side] / memory[TRL]:.2f}",
+        f"{apart:.1e}",
     ]
-    apart = max(abs(a - b) for a, b in zip(found["onegpu"][0]["losses"], found["trl"][0]["losses"], strict=True))
-    memory = {side: min(run["peak"] for run in found[side]) - prepared["base"] for side in SIDES}
-    tokens = prepared["tokens"] / steps
-    cells = []
-    for side in SIDES:
-        second = statistics.median([s for run in found[side] for s in run["seconds"][1:]])
-        cells += [f"{second:.2f}", f"{tokens / second:.0f}", f"{memory[side] / 1e9:.2f}"]
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    share = f"{memory['onegpu'] / memory['trl']:.2f}"
-    return [f"| {data} | {precision} | {' | '.join(cells)} | {ratio} | {share} | {apart:.1e} |"]
+    return f"| {' | '.join(cells)} |"
+
+
+def median_step(run: dict[str, Any]) -> float:
+    """Seconds of a step; the first of a process does not count."""
+    return statistics.median(run["seconds"][1:])
 
 
 def page(rows: list[str], arguments: str) -> str:
     """The table with what it was measured on."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "onegpu"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    threads = os.environ.get("OMP_NUM_THREADS", "as many")
     lines = [
         "# Steps beside trl + PEFT",
         "",
         f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows",
         f"a step (trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process",
-        "above the loaded base, in GB; `apart` is the largest difference of two losses of a step.",
+        "above the loaded base; `apart` is the largest difference of a step's loss from trl's.",
         "",
-        "| data | precision | onegpu s | tokens/s | GB | trl s | tokens/s | GB | times as fast | memory | apart |",
-        f"|{' --- |' * 11}",
+        "| data | precision | side | s a step | tokens/s | times as fast as trl | GB | of trl's | apart |",
+        f"|{' --- |' * 9}",
         *rows,
         "",
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores; {versions} at {commit}.",
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores, {threads} threads; {versions} at {commit}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def play(role: str, *arguments: Any) -> dict[str, Any]:
+    """What a process of its own does."""
+    if role in OURS:
+        return onegpu(*arguments, **OURS[role])
+    return (prepare if role == "prepare" else trl)(*arguments)
 
 
 def main() -> None:
@@ -237,9 +265,8 @@ def main() -> None:
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.role:
-        play = {"prepared": prepare, "onegpu": onegpu, "trl": trl}[chosen.role]
-        found = play(chosen.place, chosen.data[0], chosen.steps, chosen.precision)
-        (chosen.place / f"{chosen.role}.json").write_text(json.dumps(found), "utf-8")
+        found = play(chosen.role, chosen.place, chosen.data[0], chosen.steps, chosen.precision)
+        (chosen.place / "found.json").write_text(json.dumps(found), "utf-8")
         return
     rows = [row for data in chosen.data for row in compare(data, chosen.steps, chosen.rounds, chosen.precision)]
     text = page(rows, " ".join(sys.argv[1:]))

@@ -168,4 +168,5 @@ def test_two_processes_of_one_run_stop_together_and_go_on(chat_recipe: Recipe, t
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     straight, found = _content(tmp_path / "straight"), _content(tmp_path / "run-000")
     assert [name for name in straight if name in found and found[name] != straight[name]] == []
-    assert straight.keys() - found.keys() <= {name for name in straight if "step-000002" in name}
+    # The second checkpoint, and the best adapter that it may need, made room for the one written when it was stopped.
+    assert straight.keys() - found.keys() <= {name for name in straight if "-000002" in name}
