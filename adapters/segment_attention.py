@@ -1,16 +1,17 @@
 """softmax(Q Kᵀ · scaling) V over segments of one row, in plain matrix products, as one step of autograd.
 
-Shapes: query: (heads, tokens, size), key and value: (groups, tokens, size), where heads / groups heads share a key;
-segments as in segments.py: queries: (segments, rows), keys: (segments, columns), seen: (segments, 1, rows, columns).
-Laid out, n = groups · segments, and `each` heads share a key: q: (n, each, rows, size), k and v: (n, columns, size).
+Shapes: query: (heads, tokens, size), key and value: (groups, tokens, size), where `each` = heads / groups heads share a
+key; segments as in segments.py: queries: (segments, rows), keys: (segments, columns), seen: (segments, 1, rows,
+columns).
 
-Kept for the backward pass is what came in: segments are laid out, and weights are computed, again. A block of rows has
-its weights at a time, so that memory grows with the tokens and not with their square. It is an operator of its own: a
-compiler would gather and mask element by element.
+It goes tile by tile: some segments of like length, some rows of each, and the columns that those see. So there is
+little padding, nothing behind a token is multiplied, and memory grows with the tokens, not with their square. Kept for
+the backward pass is what came in; the weights of a tile are computed again. It is an operator of its own: a compiler
+would gather and mask element by element.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,40 @@ from torch.nn import functional as F
 
 from .drawn_masks import SHARES, kept
 
-__all__ = ["apart", "segment_attention", "together"]
+__all__ = ["apart", "segment_attention", "tiles_of", "together"]
 
-BLOCK = 2**23  # weights of a block
-FEWEST = 32  # rows of a block
+LARGEST = 2**18  # weights of a tile, of one head
+SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
+
+
+def tiles_of(lengths: Sequence[int], first: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
+    """Tiles of segments: (segment, end of segments, row, end of rows, end of columns).
+
+    Args:
+        lengths: tokens of each segment.
+        first: how many keys stand before those of each.
+    """
+    tiles = []
+    for start, stop in _alike(lengths, first):
+        rows, before = max(lengths[start:stop]), max(first[start:stop])
+        columns = max(n + m for n, m in zip(lengths[start:stop], first[start:stop], strict=True))
+        step = max(1, LARGEST // ((stop - start) * columns))
+        for row in range(0, rows, step):
+            end = min(row + step, rows)
+            tiles.append((start, stop, row, end, min(before + end, columns)))
+    return tiles
+
+
+def _alike(lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours of like size, as (start, stop)."""
+    start, needed = 0, 0
+    for stop in range(1, len(lengths) + 1):
+        needed += lengths[stop - 1] * (lengths[stop - 1] + first[stop - 1])
+        padded = max(lengths[start:stop]) * (max(lengths[start:stop]) + max(first[start:stop])) * (stop - start)
+        if stop - start > 1 and padded - needed > SPARE:
+            yield start, stop - 1
+            start, needed = stop - 1, lengths[stop - 1] * (lengths[stop - 1] + first[stop - 1])
+    yield start, len(lengths)
 
 
 @torch.library.custom_op("onegpu::segment_attention", mutates_args=())
@@ -35,19 +66,20 @@ def segment_attention(
     key_places: Tensor,  # (tokens,)
     shared: Tensor,  # (shared,)
     readers: Tensor,  # (shared, others)
+    tiles: Tensor,  # (tiles, 5)
     seen: Tensor | None,
     seed: Tensor | None,
     scaling: float,
     dropped: int,
 ) -> Tensor:  # (tokens, heads, size)
     """The softmax is computed in float32 and rounded once. `dropped` of 65,536 weights are dropped, as `seed` says."""
-    q, k, v = _laid_out(query, key, value, queries, keys)
-    out = torch.empty_like(q)
-    for rows, columns in _blocks(q, k, seen):
-        weights = _weights(q[:, :, rows], k[:, :columns], _visible(seen, rows, columns, q), scaling)
-        weights = _dropped(weights, seed, rows, dropped)
-        out[:, :, rows] = (weights @ v[:, :columns]).unflatten(1, (q.shape[1], -1))
-    return _in_row(out, queries, places)
+    layout = _Layout.of(query, key, value, queries, keys, places, seen)
+    out = query.new_empty(query.shape[1] * len(query) + 1, query.shape[2])  # the last for what is padding
+    for number, tile in enumerate(tiles.tolist()):
+        weights, _, _, v = layout.weights(tile, scaling)
+        found = _dropped(weights, seed, number, dropped) @ v
+        out.index_copy_(0, layout.outputs(tile), found.flatten(0, 1))
+    return out[:-1].view(query.shape[1], len(query), -1).clone()
 
 
 @segment_attention.register_fake
@@ -68,28 +100,29 @@ def _backward(
     key_places: Tensor,
     shared: Tensor,
     readers: Tensor,
+    tiles: Tensor,
     seen: Tensor | None,
     seed: Tensor | None,
     scaling: float,
     dropped: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    q, k, v = _laid_out(query, key, value, queries, keys)
-    g = grad.new_zeros(queries.numel(), *grad.shape[1:]).index_copy_(0, places, grad)
-    g = _by_group(g.unflatten(0, queries.shape).permute(2, 0, 1, 3), len(key))  # as q
-    gq, gk, gv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    for rows, columns in _blocks(q, k, seen):
-        here = q[:, :, rows].flatten(1, 2), k[:, :columns], g[:, :, rows].flatten(1, 2)
-        weights = _weights(q[:, :, rows], here[1], _visible(seen, rows, columns, q), scaling)
-        used = _dropped(weights, seed, rows, dropped)
-        gv[:, :columns] += used.mT @ here[2]
-        g_weights = _dropped(here[2] @ v[:, :columns].mT, seed, rows, dropped)
+    layout = _Layout.of(query, key, value, queries, keys, places, seen)
+    g_out = F.pad(grad.reshape(-1, grad.shape[-1]), (0, 0, 0, 1))  # none of what is padding
+    gq = query.new_empty(query.shape[1] * len(query) + 1, query.shape[2])
+    gk, gv = (torch.zeros(len(t), *keys.shape, t.shape[2], device=t.device) for t in (key, value))
+    for number, tile in enumerate(tiles.tolist()):
+        weights, q, k, v = layout.weights(tile, scaling)
+        g = g_out.index_select(0, layout.outputs(tile)).view(*q.shape[:2], -1)
+        g_weights = _dropped(g @ v.mT, seed, number, dropped)
         g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype)
-        gq[:, :, rows] = _scaled(g_scores, here[1], scaling).unflatten(1, (q.shape[1], -1))
-        gk[:, :columns] += _scaled(g_scores.mT, here[0], scaling)
-    row = _in_row(gq, queries, places).transpose(0, 1).contiguous()
+        gq.index_copy_(0, layout.outputs(tile), _scaled(g_scores, k, scaling).flatten(0, 1))
+        some = (slice(None), slice(tile[0], tile[1]), slice(tile[4]))
+        gk[some] += _scaled(g_scores.mT, q, scaling).unflatten(0, (len(key), -1))
+        gv[some] += (_dropped(weights, seed, number, dropped).mT @ g).unflatten(0, (len(key), -1))
     own = (keys, key_places, shared, readers)
-    return row, *(together(t.to(key.dtype).unflatten(0, (len(key), -1)), *own) for t in (gk, gv))
+    row = gq[:-1].view(query.shape[1], len(query), -1).transpose(0, 1).contiguous()
+    return row, *(together(t.to(key.dtype), *own) for t in (gk, gv))
 
 
 @_backward.register_fake
@@ -103,50 +136,74 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.dropped), *[None] * 10)
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.dropped), *[None] * 11)
 
 
 segment_attention.register_autograd(_gradients, setup_context=_keep)
 
-
-def _laid_out(query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-    return _by_group(apart(query, queries), len(key)), *(apart(t, keys).flatten(0, 1) for t in (key, value))
+Tile = tuple[int, int, int, int, int]
 
 
-def _by_group(laid_out: Tensor, groups: int) -> Tensor:
-    """(heads, segments, rows, size) -> (n, each, rows, size)."""
-    return laid_out.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+class _Layout(NamedTuple):
+    """Where the rows of heads and tokens stand in the batched products of a tile."""
 
+    query: Tensor  # (heads · tokens, size)
+    key: Tensor  # (groups · tokens, size)
+    value: Tensor
+    token: Tensor  # (segments, rows): the token of each query, `tokens` where there is padding
+    keys: Tensor  # (segments, columns)
+    seen: Tensor | None
+    groups: int
+    each: int
 
-def _in_row(laid_out: Tensor, queries: Tensor, places: Tensor) -> Tensor:
-    """(n, each, rows, size) -> (tokens, heads, size)."""
-    by_group = laid_out.unflatten(0, (-1, len(queries)))  # (groups, segments, each, rows, size)
-    return by_group.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1).index_select(0, places)
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, places: Tensor, seen: Any
+    ) -> "_Layout":
+        tokens = query.shape[1]
+        token = torch.full_like(queries, tokens)
+        token.view(-1)[places] = torch.arange(tokens, device=token.device)
+        q, k, v = (t.reshape(-1, t.shape[-1]) for t in (query, key, value))
+        return cls(q, k, v, token, keys, seen, len(key), len(query) // len(key))
 
+    def weights(self, tile: Tile, scaling: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights (n, each · rows, columns), query (n, each · rows, size), key and value (n, columns, size).
 
-def _blocks(q: Tensor, k: Tensor, seen: Tensor | None) -> Iterator[tuple[slice, int]]:
-    """Rows whose weights are there at once, and how many columns those see."""
-    n, each, rows, _ = q.shape
-    step = max(FEWEST, BLOCK // (n * each * k.shape[1]))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield slice(start, stop), stop if seen is None else k.shape[1]
+        n is groups · segments.
+        """
+        start, stop, row, end, columns = tile
+        tokens = len(self.key) // self.groups
+        here = self.token[start:stop, row:end].clamp(max=tokens - 1)
+        q = self.query.index_select(0, self._heads(here, tokens).flatten())
+        q = q.view(self.groups * (stop - start), self.each * (end - row), -1)
+        behind = self.keys[start:stop, :columns] + self._numbers(self.groups, tokens)[:, None, None]
+        k, v = (t.index_select(0, behind.flatten()).view(len(q), columns, -1) for t in (self.key, self.value))
+        scores = _scaled(q, k.mT, scaling)
+        by_head = scores.view(self.groups, stop - start, self.each, end - row, columns)
+        by_head.masked_fill_(~self._visible(tile), torch.finfo(scores.dtype).min)
+        return scores.softmax(-1), q, k, v
 
+    def outputs(self, tile: Tile) -> Tensor:  # (n · each · rows,)
+        """Numbers of rows in (tokens · heads, size); the one behind the last where there is padding."""
+        start, stop, row, end, _ = tile
+        heads = self.groups * self.each
+        found = self._heads(self.token[start:stop, row:end] * heads, 1)
+        return found.clamp_(max=len(self.query)).flatten()
 
-def _visible(seen: Tensor | None, rows: slice, columns: int, q: Tensor) -> Tensor:
-    """What a block sees: (segments or 1, 1, rows, columns)."""
-    if seen is not None:
-        return seen[:, :, rows, :columns]
-    place = torch.arange(columns, device=q.device)
-    return (place <= place[rows, None])[None, None]
+    def _heads(self, index: Tensor, stride: int) -> Tensor:  # (groups, segments, each, rows)
+        """An index of one head, (segments, rows), as that of all of them, which are `stride` apart."""
+        heads = self._numbers(self.groups * self.each, stride).view(self.groups, 1, self.each, 1)
+        return heads + index[:, None]
 
+    def _numbers(self, count: int, stride: int) -> Tensor:
+        return torch.arange(count, device=self.keys.device) * stride
 
-def _weights(q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """softmax(q kᵀ · scaling): (n, each · rows, columns)."""
-    scores = _scaled(q.flatten(1, 2), k.mT, scaling)
-    by_head = scores.view(-1, len(visible), *q.shape[1:3], k.shape[1])  # (groups, segments, each, rows, columns)
-    by_head.masked_fill_(~visible, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
+    def _visible(self, tile: Tile) -> Tensor:  # (segments or 1, 1, rows, columns)
+        start, stop, row, end, columns = tile
+        if self.seen is not None:
+            return self.seen[start:stop, :, row:end, :columns]
+        place = self._numbers(columns, 1)
+        return (place <= place[row:end, None])[None, None]
 
 
 def _scaled(one: Tensor, other: Tensor, scaling: float) -> Tensor:
@@ -154,11 +211,9 @@ def _scaled(one: Tensor, other: Tensor, scaling: float) -> Tensor:
     return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=scaling)
 
 
-def _dropped(weights: Tensor, seed: Tensor | None, rows: slice, dropped: int) -> Tensor:
-    """With dropout: the mask of a block follows from the seed and its first row."""
-    if seed is None:
-        return weights
-    return weights * kept(weights, seed + rows.start, dropped) / (1 - dropped / SHARES)
+def _dropped(weights: Tensor, seed: Tensor | None, number: int, dropped: int) -> Tensor:
+    """With dropout: the mask of a tile follows from the seed and its number."""
+    return weights if seed is None else weights * kept(weights, seed + number, dropped) / (1 - dropped / SHARES)
 
 
 def apart(x: Tensor, index: Tensor) -> Tensor:
@@ -167,7 +222,7 @@ def apart(x: Tensor, index: Tensor) -> Tensor:
 
 
 def together(grad: Tensor, index: Tensor, own: Tensor, shared: Tensor, readers: Tensor) -> Tensor:
-    """Gradients of segments, (heads, segments, places, size) or flatter, as those of tokens: (heads, tokens, size)."""
+    """Gradients of segments, (heads, segments, places, size), as those of tokens: (heads, tokens, size)."""
     flat = grad.reshape(len(grad), index.numel(), grad.shape[-1])
     found = flat.index_select(1, own)
     if len(shared):

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .drawn_masks import seed, share
-from .segment_attention import apart, segment_attention, together
+from .segment_attention import apart, segment_attention, tiles_of, together
 
 __all__ = ["Segments", "cannot_pack", "packed_attention", "sees_less", "segments_of"]
 
@@ -39,6 +39,7 @@ class Segments(NamedTuple):
     key_places: Tensor  # (tokens,): where in `keys`, flattened, the token is in its own segment
     shared: Tensor  # (shared,): tokens that other segments see, too
     readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
+    tiles: Tensor  # (tiles, 5): segment_attention.py
     seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
 
 
@@ -68,6 +69,7 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         torch.tensor([i * columns + first[i] + j for i, n in enumerate(lengths) for j in range(n)]),
         torch.tensor(list(readers), dtype=torch.long),
         torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
+        torch.tensor(tiles_of(lengths, first)),
         _seen(first, rows, columns) if any(first) else None,
     )
 

@@ -24,6 +24,7 @@ from .tokens import TokenTask
 __all__ = ["PackedTask", "packed_batch", "token_batch"]
 
 LEAST_SHARED = 8  # tokens with which sequences must begin to be worth a segment of their own
+MULTIPLE = 32  # of tokens in a row
 TRIED = 64  # tokens of an example that a trial takes
 ROUNDING = 16  # units in the last place by which logits may differ between two ways of computing them
 
@@ -64,7 +65,9 @@ class PackedTask(TokenTask):
         return task
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:
-        return packed_batch(examples, shares=self._shares) if self._packed else token_batch(examples, pad)
+        if not self._packed:
+            return token_batch(examples, pad)
+        return packed_batch(examples, shares=self._shares, fill=pad)
 
     def at_work(self, model: nn.Module) -> AbstractContextManager[None]:
         return packed_attention(model) if self._packed else nullcontext()
@@ -95,13 +98,19 @@ class Part(NamedTuple):
     before: int | None = None  # the segment it goes on from
 
 
-def packed_batch(examples: Sequence[Example], *, shares: bool) -> Batch:
+def packed_batch(examples: Sequence[Example], *, shares: bool, fill: int | None = None) -> Batch:
     """Examples with a label for each token, and none at their first one, in one row.
+
+    Args:
+        fill: a token that fills the row up to a multiple of 32, as a sequence of its own. Products of a size that a
+            processor's library has not met yet take it a millisecond to prepare, and memory to remember.
 
     Returns:
         `input_ids`, `position_ids`, `labels`: (1, tokens); and where segments are: `onegpu.adapters.segments`.
     """
     parts = _parts(examples) if shares else [Part(e.ids, e.labels) for e in examples]
+    if fill is not None and (short := -sum(len(part.ids) for part in parts) % MULTIPLE):
+        parts.append(Part([fill] * short, [IGNORED] * short))
     places = segments_of([len(part.ids) for part in parts], [part.before for part in parts])._asdict()
     return {
         "input_ids": torch.tensor([[token for part in parts for token in part.ids]]),

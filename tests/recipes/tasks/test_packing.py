@@ -25,7 +25,7 @@ from onegpu.recipes.tasks import Batch, Example
 from onegpu.recipes.tasks.chat import Chat
 from onegpu.recipes.tasks.distillation import Distillation
 from onegpu.recipes.tasks.language_modelling import LanguageModelling
-from onegpu.recipes.tasks.packing import LEAST_SHARED, packed_batch, token_batch
+from onegpu.recipes.tasks.packing import LEAST_SHARED, MULTIPLE, packed_batch, token_batch
 
 IGNORED, PAD = -100, 0
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -181,7 +181,8 @@ def test_a_beginning_is_not_shared_where_training_draws_at_random() -> None:
     assert (task.packs, remark) == (True, "rows are packed")
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module.training for module in model.modules())
-    assert task.collate(EXAMPLES, PAD)["input_ids"].shape[1] == sum(example.size for example in EXAMPLES)
+    tokens = sum(example.size for example in EXAMPLES)
+    assert task.collate(EXAMPLES, PAD)["input_ids"].shape[1] == -(-tokens // MULTIPLE) * MULTIPLE
 
 
 @pytest.mark.parametrize(
