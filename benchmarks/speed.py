@@ -27,7 +27,11 @@ DATA = {
     "quartz": {"data": "sample:quartz", "supervise": "last", "limit": 400, "too_long": "drop"},
     "chitchat": {"data": "sample:chitchat", "supervise": "assistant", "limit": 300, "too_long": "cut-right"},
 }
-OURS = {"onegpu": {}, "onegpu, compiled": {"compile": True}}  # what is set beside the rest
+OURS: dict[str, dict[str, Any]] = {  # what is set beside the rest
+    "onegpu": {},
+    "onegpu, compile": {"compile": True},
+    "onegpu, compile, gradient_checkpointing": {"compile": True, "gradient_checkpointing": True},
+}
 TRL = "trl + PEFT"
 
 
@@ -37,7 +41,7 @@ def recipe(data: str, steps: int, precision: str, **settings: Any) -> str:
     train = {
         "steps": steps,
         "effective_batch": EFFECTIVE,
-        "tokens_per_micro_batch": 1024,
+        "tokens_per_micro_batch": 1536,
         "learning_rate": RATE,
         "schedule": "linear",
         "precision": precision,
