@@ -110,7 +110,8 @@ def _backward(
     layout = _Layout.of(query, key, value, queries, keys, places, seen)
     g_out = F.pad(grad.reshape(-1, grad.shape[-1]), (0, 0, 0, 1))  # none of what is padding
     gq = query.new_empty(query.shape[1] * len(query) + 1, query.shape[2])
-    gk, gv = (torch.zeros(len(t), *keys.shape, t.shape[2], device=t.device) for t in (key, value))
+    exact = torch.promote_types(key.dtype, torch.float32)  # tiles add up in it
+    gk, gv = (torch.zeros(len(t), *keys.shape, t.shape[2], dtype=exact, device=t.device) for t in (key, value))
     for number, tile in enumerate(tiles.tolist()):
         weights, q, k, v = layout.weights(tile, scaling)
         g = g_out.index_select(0, layout.outputs(tile)).view(*q.shape[:2], -1)

@@ -5,7 +5,7 @@ others than those of a step, and layers would be compiled anew for each kind.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from onegpu.adapters import Stack
 from onegpu.adapters.structure import modules
 
-from .tasks import Objective
-
 __all__ = ["Compilation", "compile_layers"]
 
 ROUNDING = 16  # units in the last place by which a gradient may differ, as a share of its norm
 LEAST = 1e-4  # of it, in any precision: sums are taken in another order
 
-Loss = Callable[[], Objective]
+Gradient = Callable[[Sequence[nn.Parameter]], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -53,24 +51,25 @@ class Compilation:
         return f"steps run compiled; the first one took {self.seconds:.0f} s" if self.on else ""
 
 
-def compile_layers(stack: Stack, loss: Loss) -> Compilation:
+def compile_layers(stack: Stack, gradient: Gradient) -> Compilation:
     """Compile the layers of a stack's base, and compare a gradient with that of the plain layers.
 
     Args:
-        loss: of a batch in training mode; of the same one at each call.
+        gradient: of a batch over some parameters; of the same one at each call.
     """
     began = time.perf_counter()
     layers = list(_layers(stack))
     if not layers:
         return Compilation(tried=True, fault="the model has no list of layers")
-    plain = _gradient(stack, loss)
+    plain = _taken(stack, gradient)
     for layer in layers:
         # Dropout draws what it draws otherwise. One kernel serves all lengths.
         layer.compile(dynamic=True, options={"fallback_random": True})
     try:
-        found = _gradient(stack, loss)
+        found = _taken(stack, gradient)
     except RuntimeError as cause:  # what torch says of a missing compiler, and of what it cannot compile
-        return Compilation(tried=True, fault=str(cause).strip().splitlines()[0])
+        told = [line for line in str(cause).splitlines() if line.strip() and not line.endswith("raised:")]
+        return Compilation(tried=True, fault=next(iter(told), type(cause).__name__))
     return Compilation(tried=True, fault=_apart(stack, plain, found), seconds=time.perf_counter() - began)
 
 
@@ -80,20 +79,16 @@ def _layers(stack: Stack) -> Iterator[nn.Module]:
         yield from (found[f"{path}.{i}"] for i in range(length))
 
 
-def _gradient(stack: Stack, loss: Loss) -> list[Tensor | None]:
-    """That of one batch; random numbers and gradients are afterwards what they were."""
+def _taken(stack: Stack, gradient: Gradient) -> list[Tensor | None]:
+    """A gradient in training mode; mode and random numbers are afterwards what they were."""
     training = {module: module.training for module in stack.model.modules()}
     stack.model.train()
     try:
         with torch.random.fork_rng():
-            return list(torch.autograd.grad(loss().total, list(_trained(stack)), allow_unused=True))
+            return list(gradient([p for p in stack.trainable().values() if p.requires_grad]))
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-def _trained(stack: Stack) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in stack.trainable().values() if parameter.requires_grad)
 
 
 def _apart(stack: Stack, plain: list[Tensor | None], found: list[Tensor | None]) -> str:

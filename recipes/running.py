@@ -2,14 +2,14 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, StorageError, artefact, attach, load
@@ -33,7 +33,7 @@ from .resuming import go_on
 from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, target_lines, unusable_lines
-from .tasks import Objective, Task, model_inputs
+from .tasks import Task, model_inputs
 from .tokenizers import tokenizer_digest
 from .training import Session, keep_best, train
 
@@ -219,11 +219,13 @@ def _compiled(session: Session) -> Compilation:
     batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
     (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
 
-    def loss() -> Objective:
-        with s.task.at_work(s.model), s.evaluator.autocast:
-            return s.task.objective(s.model, batch)
+    def gradient(parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+        with s.task.at_work(s.model):
+            with s.evaluator.autocast:
+                objective = s.task.objective(s.model, batch)
+            return torch.autograd.grad(objective.total, parameters, allow_unused=True)
 
-    return compile_layers(s.stack, loss)
+    return compile_layers(s.stack, gradient)
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:

@@ -1,0 +1,131 @@
+"""Attention over segments: each as if it stood alone, in values and gradients, whatever its tiles are."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from onegpu.adapters import segment_attention as module
+from onegpu.adapters.drawn_masks import kept
+from onegpu.adapters.segment_attention import segment_attention, tiles_of
+from onegpu.adapters.segments import segments_of
+
+HEADS, GROUPS, SIZE = 4, 2, 8
+ROWS: list[tuple[list[int], list[int | None]]] = [
+    ([5], [None]),
+    ([3, 2, 4], [None, None, None]),
+    ([3, 3, 2, 1], [None, 0, 0, None]),
+    ([9, 2, 1, 7, 3, 40], [None, 0, 0, None, 3, None]),
+]
+
+
+@pytest.fixture(params=[1, 2**6, 2**18], ids=["tiny tiles", "small tiles", "usual tiles"])
+def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", request.param)
+    monkeypatch.setattr(module, "SPARE", request.param // 4)
+
+
+def _inputs(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(n, tokens, SIZE, dtype=dtype, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)]
+
+
+def _ours(lengths: list[int], before: list[int | None], scaling: float = 0.3) -> Callable[..., Tensor]:
+    segments = segments_of(lengths, before)
+
+    def attend(*given: Tensor) -> Tensor:
+        found: Tensor = segment_attention(*given, *segments, None, scaling, 0)
+        return found
+
+    return attend
+
+
+def _alone(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], before: Sequence[int | None]) -> Tensor:
+    """One segment after the other, by the formula."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    found = []
+    for start, length, other in zip(starts, lengths, before, strict=True):
+        own = list(range(start, start + length))
+        first = [] if other is None else list(range(starts[other], starts[other] + lengths[other]))
+        k, v = (t[:, first + own].repeat_interleave(HEADS // GROUPS, 0) for t in (key, value))
+        scores = query[:, own] @ k.mT * 0.3
+        hidden = torch.ones(length, len(first) + length, dtype=torch.bool).triu(len(first) + 1)
+        found.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+    return torch.cat(found, 1).transpose(0, 1)
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize(("lengths", "before"), ROWS)
+def test_each_segment_has_what_it_has_alone(lengths: list[int], before: list[int | None]) -> None:
+    given = _inputs(sum(lengths))
+    weights = torch.randn(sum(lengths), HEADS, SIZE, dtype=torch.float64)
+    ours, theirs = _ours(lengths, before)(*given), _alone(*given, lengths, before)
+    torch.testing.assert_close(ours, theirs)
+    for mine, expected in zip(
+        torch.autograd.grad((ours * weights).sum(), given),
+        torch.autograd.grad((theirs * weights).sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_its_gradients_are_right_to_finite_differences() -> None:
+    lengths, before = ROWS[2]
+    assert gradcheck(_ours(lengths, before), _inputs(sum(lengths)))
+
+
+def test_in_bf16_it_rounds_like_products_in_bf16() -> None:
+    lengths, before = ROWS[3]
+    given = _inputs(sum(lengths), torch.bfloat16)
+    exact = _alone(*(t.detach().double() for t in given), lengths, before)
+    assert (_ours(lengths, before)(*given).double() - exact).abs().max() <= 2e-2 * exact.abs().max()
+
+
+def test_what_is_kept_grows_with_the_tokens_and_not_with_their_square() -> None:
+    def kept_bytes(tokens: int) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            _ours([tokens], [None])(*_inputs(tokens))
+        return sum(sizes)
+
+    assert kept_bytes(2048) <= 8.5 * kept_bytes(256)
+
+
+def test_with_dropout_the_mask_follows_from_the_seed() -> None:
+    lengths: list[int] = [5, 3]
+    segments, given, seed = segments_of(lengths, [None, None]), _inputs(8), torch.tensor(3)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        found: Tensor = segment_attention(*tensors, *segments, seed, 0.3, 2**14)
+        return found
+
+    assert torch.equal(attend(*given), attend(*given))
+    assert gradcheck(attend, given)
+    assert tiles_of(lengths, [0, 0]) == [(0, 2, 0, 5, 5)]
+    weights = torch.ones(GROUPS * 2, 10, 5, dtype=torch.float64)
+    dropped = 1 - kept(weights, seed, 2**14).mean()
+    ones = [given[0], given[1], torch.ones_like(given[2])]
+    assert 0 < dropped < 0.5
+    assert not torch.allclose(attend(*ones), torch.ones(8, HEADS, SIZE, dtype=torch.float64))
+
+
+# --- tiles
+
+
+def test_a_tile_is_no_larger_than_the_bound_and_sees_no_column_in_vain() -> None:
+    tiles = tiles_of([2000], [0])
+    assert len(tiles) > 1
+    assert [tile[2] for tile in tiles[1:]] == [tile[3] for tile in tiles[:-1]]
+    assert tiles[-1][3:] == (2000, 2000)
+    assert all(columns == end for _, _, _, end, columns in tiles)
+    assert all((end - row) * 2000 <= module.LARGEST for _, _, row, end, _ in tiles)
+
+
+def test_segments_of_unlike_length_are_in_different_tiles() -> None:
+    assert tiles_of([10, 9, 8], [0, 0, 0]) == [(0, 3, 0, 10, 10)]
+    assert [tile[:2] for tile in tiles_of([300, 290, 20, 10], [0, 0, 0, 0])] == [(0, 2), (2, 4)]
+
+
+def test_a_tile_has_no_more_columns_than_there_are_keys() -> None:
+    assert tiles_of([12, 4, 5], [0, 12, 12]) == [(0, 3, 0, 12, 17)]
