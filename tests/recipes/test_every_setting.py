@@ -126,6 +126,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "warmup": ({}, 2, "rates"),
     "precision": ({}, "bf16", "loss"),
     "gradient_checkpointing": ({}, True, "layers"),
+    "compile": ({}, True, "compiled"),
     "evaluate_every": ({}, 2, "evaluations"),
     "best": ({}, {"metric": "loss"}, "files"),
     "checkpoint_every": ({}, 2, "files"),
@@ -160,7 +161,7 @@ def observed(
         return SEEN[key]
 
     def once(train: dict[str, Any]) -> dict[str, Any]:
-        counted.update(passes=0, layers=0, told=[])
+        counted.update(passes=0, layers=0, compiled=0, told=[])
         folder = f"run-{len(list(tmp_path.iterdir()))}"
         outcome = run(chat_recipe(task={"evaluation": 0.3}, train=BASE | train), folder)
         lines = [json.loads(x) for x in (tmp_path / folder / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -189,6 +190,7 @@ def observed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Chat, "objective", counting("passes", objective))
         patch.setattr(LlamaMLP, "forward", counting("layers", forward))
+        patch.setattr(torch.nn.Module, "compile", lambda self, **_: counted.update(compiled=counted["compiled"] + 1))
         patch.setattr(Display, "line", lambda self, label, text: label == "best" and counted["told"].append(text))
         yield go
 
