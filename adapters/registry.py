@@ -163,7 +163,7 @@ def load(entry: Entry, base_class: type) -> Any:
         fits = isinstance(loaded, type) and issubclass(loaded, base_class)
         declared = getattr(loaded, "api", None)
     except (Exception, SystemExit) as cause:  # whatever a plugin raises must not take the others down
-        raise PluginError(f"{entry.name} of {entry.origin} is broken: {reason(cause)}{_hint(entry)}") from cause
+        raise PluginError(f"{entry.name} of {entry.origin} is broken: {reason(cause)}{_hint(entry, cause)}") from cause
     if not fits:
         raise PluginError(f"{entry.name} of {entry.origin} is broken: {entry.value} is no {base_class.__name__}")
     if declared != API:
@@ -182,8 +182,11 @@ def _not_allowed(entry: Entry) -> str:
     return "; ".join([text, *unmatched()])
 
 
-def _hint(entry: Entry) -> str:
-    return f"; `onegpu --debug` shows where, `pip install --upgrade {entry.distribution}` may help"
+def _hint(entry: Entry, cause: BaseException) -> str:
+    missing = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+    foreign = missing and missing != entry.value.partition(".")[0]
+    command = f"pip install {missing}" if foreign else f"pip install --upgrade {entry.distribution}"
+    return f"; `onegpu --debug` shows where, `{command}` may help"
 
 
 def reason(cause: BaseException) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .drawn_masks import SHARES, kept
 
-__all__ = ["apart", "segment_attention", "tiles_of", "together"]
+__all__ = ["apart", "attend_in_tiles", "tiles_of", "together"]
 
 LARGEST = 2**18  # weights of a tile, of one head
 SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
@@ -56,7 +56,7 @@ def _alike(lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, 
 
 
 @torch.library.custom_op("onegpu::segment_attention", mutates_args=())
-def segment_attention(
+def attend_in_tiles(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,7 +82,7 @@ def segment_attention(
     return out[:-1].view(query.shape[1], len(query), -1).clone()
 
 
-@segment_attention.register_fake
+@attend_in_tiles.register_fake
 def _(query: Tensor, *_: Any) -> Tensor:
     heads, tokens, size = query.shape
     return query.new_empty(tokens, heads, size)
@@ -140,7 +140,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.dropped), *[None] * 11)
 
 
-segment_attention.register_autograd(_gradients, setup_context=_keep)
+attend_in_tiles.register_autograd(_gradients, setup_context=_keep)
 
 Tile = tuple[int, int, int, int, int]
 

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .drawn_masks import seed, share
-from .segment_attention import apart, segment_attention, tiles_of, together
+from .segment_attention import apart, attend_in_tiles, tiles_of, together
 
 __all__ = ["Segments", "cannot_pack", "packed_attention", "sees_less", "segments_of"]
 
@@ -206,7 +206,7 @@ def _plain(
         raise ValueError("it changes attention scores in a way of its own")
     dropout = dropout if module.training else 0.0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found: Tensor = segment_attention(query, key, value, *s, seed(dropout), scaling, share(dropout))
+    found: Tensor = attend_in_tiles(query, key, value, *s, seed(dropout), scaling, share(dropout))
     return found
 
 

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from onegpu.adapters import segment_attention as module
 from onegpu.adapters.drawn_masks import kept
-from onegpu.adapters.segment_attention import segment_attention, tiles_of
+from onegpu.adapters.segment_attention import attend_in_tiles, tiles_of
 from onegpu.adapters.segments import segments_of
 
 HEADS, GROUPS, SIZE = 4, 2, 8
@@ -35,7 +35,7 @@ def _ours(lengths: list[int], before: list[int | None], scaling: float = 0.3) ->
     segments = segments_of(lengths, before)
 
     def attend(*given: Tensor) -> Tensor:
-        found: Tensor = segment_attention(*given, *segments, None, scaling, 0)
+        found: Tensor = attend_in_tiles(*given, *segments, None, scaling, 0)
         return found
 
     return attend
@@ -97,7 +97,7 @@ def test_with_dropout_the_mask_follows_from_the_seed() -> None:
     segments, given, seed = segments_of(lengths, [None, None]), _inputs(8), torch.tensor(3)
 
     def attend(*tensors: Tensor) -> Tensor:
-        found: Tensor = segment_attention(*tensors, *segments, seed, 0.3, 2**14)
+        found: Tensor = attend_in_tiles(*tensors, *segments, seed, 0.3, 2**14)
         return found
 
     assert torch.equal(attend(*given), attend(*given))

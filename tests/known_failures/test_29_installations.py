@@ -101,3 +101,14 @@ def test_a_script_without_a_main_guard_runs_once(written: Callable[..., str], tm
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "done"
     assert done.stdout.count("proved") == 1
+
+
+def test_packing_without_its_library_is_an_error_that_names_it(written: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(written(["nf4", "lora"]), "utf-8")
+    code = "import sys; sys.modules['bitsandbytes'] = None; from onegpu.recipes.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "recipe.yaml", "-o", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "`pip install bitsandbytes` may help" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
