@@ -116,7 +116,7 @@ def attach_saved(model: nn.Module, saved: Saved) -> Stack:
     return _attached(model, _named(saved, model), saved)
 
 
-def _named(saved: Saved, model: nn.Module) -> list[Named]:
+def _named(saved: Saved, model: nn.Module) -> Sequence[Named]:
     return build([_spec(record) for record in _attachable(saved, model)])
 
 

@@ -123,7 +123,7 @@ def _backward(
         gv[some] += (_dropped(weights, seed, number, dropped).mT @ g).unflatten(0, (len(key), -1))
     own = (keys, key_places, shared, readers)
     row = gq[:-1].view(query.shape[1], len(query), -1).transpose(0, 1).contiguous()
-    return row, *(together(t.to(key.dtype), *own) for t in (gk, gv))
+    return row, together(gk.to(key.dtype), *own), together(gv.to(key.dtype), *own)
 
 
 @_backward.register_fake
@@ -219,7 +219,8 @@ def _dropped(weights: Tensor, seed: Tensor | None, number: int, dropped: int) ->
 
 def apart(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of a row, (heads, tokens, size), as segments: (heads, segments, places, size)."""
-    return x.index_select(1, index.flatten()).unflatten(1, index.shape)
+    found: Tensor = x.index_select(1, index.flatten()).unflatten(1, index.shape)
+    return found
 
 
 def together(grad: Tensor, index: Tensor, own: Tensor, shared: Tensor, readers: Tensor) -> Tensor:

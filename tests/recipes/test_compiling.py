@@ -128,8 +128,12 @@ def test_hooks_see_modules_that_run_plainly() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        traced.append(1)
+        return graph.forward
+
     layer = Layer()
-    layer.compile(backend=lambda graph, inputs: traced.append(1) or graph.forward)
+    layer.compile(backend=compiler)
     compilation, x = Compilation(tried=True), torch.ones(1, 2)
     with compilation(watched=True):
         layer(x)
