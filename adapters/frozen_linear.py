@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FrozenLinear", "PackedWeight", "floats", "in_autocast", "packed_as"]
+__all__ = ["FrozenLinear", "PackedWeight", "floats", "floats_again", "in_autocast", "later", "packed_as"]
 
 
 class PackedWeight(nn.Module, ABC):
@@ -26,6 +26,13 @@ class PackedWeight(nn.Module, ABC):
     @abstractmethod
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) in `dtype`; made anew at each call, never kept."""
+
+    def dequantise_again(self, dtype: torch.dtype, gradient: Tensor) -> Tensor:
+        """The same for a backward pass, made of what is packed and, by `later`, not before the gradient is there.
+
+        A compiler sees that both passes dequantise the same, and would keep the whole base in floats for the second.
+        """
+        return self.dequantise(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         """Move, but never cast: `model.bfloat16()` would otherwise round the scales and change the base."""
@@ -75,13 +82,37 @@ class _FrozenProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # (..., out) -> (..., in)
         x_needs, _, bias_needs = ctx.needs_input_grad
-        gx = grad @ floats(ctx.packed, grad.dtype) if x_needs else None
+        gx = grad @ floats_again(ctx.packed, grad) if x_needs else None
         return gx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if bias_needs else None
 
 
 def floats(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:  # (out, in)
     """A weight to multiply by; a packed one is dequantised for this one product."""
     return weight if isinstance(weight, Tensor) else weight.dequantise(dtype)
+
+
+def floats_again(weight: Tensor | PackedWeight, gradient: Tensor) -> Tensor:  # (out, in)
+    """The same in a backward pass, in the dtype of the gradient that comes in."""
+    return weight if isinstance(weight, Tensor) else weight.dequantise_again(gradient.dtype, gradient)
+
+
+def later(packed: Tensor, gradient: Tensor) -> Tensor:
+    """What is packed, as a compiler has it only when there is a gradient."""
+    copied: Tensor = torch.ops.onegpu.later(packed, gradient) if torch.compiler.is_compiling() else packed
+    return copied
+
+
+torch.library.define("onegpu::later", "(Tensor packed, Tensor gradient) -> Tensor")
+
+
+@torch.library.impl("onegpu::later", "CompositeExplicitAutograd")
+def _(packed: Tensor, gradient: Tensor) -> Tensor:
+    return packed.clone()
+
+
+@torch.library.register_fake("onegpu::later")
+def _(packed: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(packed)
 
 
 def in_autocast(tensor: Tensor) -> Tensor:

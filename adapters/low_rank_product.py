@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .drawn_masks import SHARES, kept, seed, share
-from .frozen_linear import FrozenLinear, PackedWeight, floats, in_autocast
+from .frozen_linear import FrozenLinear, PackedWeight, floats, floats_again, in_autocast
 
 __all__ = ["LowRankProduct", "adapted", "is_plain", "is_undisturbed"]
 
@@ -89,7 +89,7 @@ class _Adapted(torch.autograd.Function):
         x_needs, weight_needs, bias_needs, _, *needs = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        gx = g @ floats(weight if ctx.packed is None else ctx.packed, g.dtype) if x_needs else None
+        gx = g @ floats_again(weight if ctx.packed is None else ctx.packed, g) if x_needs else None
         found: list[Tensor | None] = []
         for i, product in enumerate(_products(ctx.settings, tensors)):
             found += product.gradients(g, rows, lows[i], gx, needs[3 * i : 3 * i + 2])

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from .contract import Adapter, Capabilities, LoadOptions
 from .errors import DeviceError, RecipeError
-from .frozen_linear import FrozenLinear, PackedWeight
+from .frozen_linear import FrozenLinear, PackedWeight, later
 from .structure import swap
 
 __all__ = ["FP4", "NF4", "Int8"]
@@ -127,8 +127,14 @@ class RowsInt8(PackedWeight):
         self.shape = (self.values.shape[0], self.values.shape[1])
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
+        return self._floats(self.values, dtype)
+
+    def dequantise_again(self, dtype: torch.dtype, gradient: Tensor) -> Tensor:
+        return self._floats(later(self.values, gradient), dtype)
+
+    def _floats(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         # Widened first: torch multiplies int8 by float32 element by element, fifteen times slower on a CPU.
-        return self.values.float().mul_(self.scales[:, None]).to(dtype)
+        return values.float().mul_(self.scales[:, None]).to(dtype)
 
 
 class Blocks4Bit(PackedWeight):
@@ -157,6 +163,12 @@ class Blocks4Bit(PackedWeight):
             self.register_buffer("scale_offset", state.offset)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
+        return self._floats(self.values, dtype)
+
+    def dequantise_again(self, dtype: torch.dtype, gradient: Tensor) -> Tensor:
+        return self._floats(later(self.values, gradient), dtype)
+
+    def _floats(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         # Blocks run on from row to row. Where a row ends within one, the CPU kernel of 0.50 takes wrong scales, some
         # from beyond the tensor, unless it is given the weight as one row.
         outputs, inputs = self.shape
@@ -173,5 +185,5 @@ class Blocks4Bit(PackedWeight):
             state.state2 = QuantState(
                 absmax=self.scale_scales, code=self.scale_levels, blocksize=self.nested_block_size, dtype=torch.float32
             )
-        weight: Tensor = bnb.functional.dequantize_4bit(self.values, state)
+        weight: Tensor = bnb.functional.dequantize_4bit(values, state)
         return weight.view(self.shape)

@@ -297,3 +297,29 @@ def test_a_device_that_cannot_pack_is_refused(fresh: Fresh, monkeypatch: pytest.
     monkeypatch.setattr(bnb, "supported_torch_devices", {"cuda"})
     with pytest.raises(DeviceError, match="cannot pack weights on 'cpu'"):
         fresh("plain", "nf4")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["alone", "with lora"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_a_compiler_does_not_keep_the_weight_in_floats(kind: str, lora: bool, fresh: Fresh) -> None:
+    model = fresh("plain", kind)
+    if lora:
+        attach(model, ["lora"])
+    mlp = model.get_submodule("model.layers.0.mlp")
+    shapes = {module.packed.shape for module in mlp.modules() if isinstance(module, FrozenLinear)}
+    x = torch.randn(1, 7, 32, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mlp, backend="aot_eager_decomp_partition", dynamic=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = compiled(x)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    (plain,) = torch.autograd.grad(mlp(x).square().sum(), x)
+    torch.testing.assert_close(found, plain)
+    assert kept
+    assert not {shape for shape in kept if shape in shapes or shape[::-1] in shapes}
