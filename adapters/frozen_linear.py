@@ -110,7 +110,7 @@ def _(packed: Tensor, gradient: Tensor) -> Tensor:
     return packed.clone()
 
 
-@torch.library.register_fake("onegpu::later")
+@torch.library.register_fake("onegpu::later")  # type: ignore[untyped-decorator]
 def _(packed: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(packed)
 
