@@ -4,8 +4,8 @@
 
 The rows of each step are tokenised once, and all sides start from the same A and B. They run in turn, each in a process
 of its own (A B C A B C ...), on nothing but the steps, after a first one that does not count. What is quoted is the
-median over rounds of the ratio of median step times. A first process says what memory the loaded base takes; peaks are
-above that. `fixed` are 4 rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out.
+median over rounds of the ratio of median step times. A first process says how many bytes the base has; peaks are above
+that. `fixed` are 4 rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out.
 
 After its steps, our side multiplies by the weights of the base alone, forward and backward, as many tokens as a step
 had: that is the share of a step that no adapter could do without.
@@ -83,9 +83,8 @@ def prepare(place: Path, data: str, steps: int, precision: str) -> dict[str, Any
     job = preflight(parse_recipe(recipe(data, steps, precision), name="speed", folder=place))
     rows = [job.dataset.train[i] for step in range(steps) for i in job.plan.window(step)]
     (place / "rows.json").write_text(json.dumps([{"input_ids": row.ids, "labels": row.labels} for row in rows]))
-    before = resident()
     model = AutoModelForCausalLM.from_pretrained(job.place, dtype=job.options.dtype)
-    memory = resident() - before
+    memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))  # tied ones once
     stack = attach(model, job.loaded.stack, seed=0)
     (attachment,) = stack.attachments
     save_file({name: t.contiguous() for name, t in attachment.tensors().items()}, place / "start.safetensors")
