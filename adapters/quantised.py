@@ -113,11 +113,26 @@ class FP4(_FourBit):
     kind = "fp4"
 
 
-class RowsInt8(PackedWeight):
+class _Values(PackedWeight):
+    """What bitsandbytes packs: values, and scales beside them."""
+
+    values: Tensor
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        return self._floats(self.values, dtype)
+
+    def dequantise_again(self, dtype: torch.dtype, gradient: Tensor) -> Tensor:
+        return self._floats(later(self.values, gradient), dtype)
+
+    @abstractmethod
+    def _floats(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) of these values."""
+
+
+class RowsInt8(_Values):
     """int8 values (out, in) and one float32 scale a row (out,)."""
 
     kind = "int8"
-    values: Tensor
     scales: Tensor
 
     def __init__(self, layer: Any) -> None:
@@ -126,21 +141,15 @@ class RowsInt8(PackedWeight):
         self.register_buffer("scales", layer.weight.SCB / 127)
         self.shape = (self.values.shape[0], self.values.shape[1])
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        return self._floats(self.values, dtype)
-
-    def dequantise_again(self, dtype: torch.dtype, gradient: Tensor) -> Tensor:
-        return self._floats(later(self.values, gradient), dtype)
-
     def _floats(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         # Widened first: torch multiplies int8 by float32 element by element, fifteen times slower on a CPU.
         return values.float().mul_(self.scales[:, None]).to(dtype)
 
 
-class Blocks4Bit(PackedWeight):
+class Blocks4Bit(_Values):
     """Two 4-bit codes a byte, one scale a block of 64; with double quantisation the scales are 8-bit codes too."""
 
-    values: Tensor  # (out * in / 2, 1) uint8
+    # values: (out * in / 2, 1) uint8
     scales: Tensor  # (blocks,) float32, or uint8 codes into `scale_levels`
     levels: Tensor  # (16,) float32
     scale_scales: Tensor
@@ -161,12 +170,6 @@ class Blocks4Bit(PackedWeight):
             self.register_buffer("scale_scales", state.state2.absmax)
             self.register_buffer("scale_levels", state.state2.code)
             self.register_buffer("scale_offset", state.offset)
-
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        return self._floats(self.values, dtype)
-
-    def dequantise_again(self, dtype: torch.dtype, gradient: Tensor) -> Tensor:
-        return self._floats(later(self.values, gradient), dtype)
 
     def _floats(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         # Blocks run on from row to row. Where a row ends within one, the CPU kernel of 0.50 takes wrong scales, some

@@ -114,10 +114,11 @@ def _backward(
     gk, gv = (torch.zeros(len(t), *keys.shape, t.shape[2], dtype=exact, device=t.device) for t in (key, value))
     for number, tile in enumerate(tiles.tolist()):
         weights, q, k, v = layout.weights(tile, scaling)
-        g = g_out.index_select(0, layout.outputs(tile)).view(*q.shape[:2], -1)
+        outputs = layout.outputs(tile)
+        g = g_out.index_select(0, outputs).view(*q.shape[:2], -1)
         g_weights = _dropped(g @ v.mT, seed, number, dropped)
         g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype)
-        gq.index_copy_(0, layout.outputs(tile), _scaled(g_scores, k, scaling).flatten(0, 1))
+        gq.index_copy_(0, outputs, _scaled(g_scores, k, scaling).flatten(0, 1))
         some = (slice(None), slice(tile[0], tile[1]), slice(tile[4]))
         gk[some] += _scaled(g_scores.mT, q, scaling).unflatten(0, (len(key), -1))
         gv[some] += (_dropped(weights, seed, number, dropped).mT @ g).unflatten(0, (len(key), -1))

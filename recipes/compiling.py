@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from onegpu.adapters import Stack
 from onegpu.adapters.structure import modules
 
+from .evaluation import plainly
+
 __all__ = ["Compilation", "compile_layers"]
 
 ROUNDING = 16  # units in the last place by which a gradient may differ, as a share of its norm
@@ -39,16 +41,16 @@ class Compilation:
         """Run the block as steps are to be run; plainly while hooks watch modules, as a compiler passes over them."""
         if not self.tried:
             return nullcontext()
-        stance: AbstractContextManager[object] = torch.compiler.set_stance(
-            "default" if self.on and not watched else "force_eager"
-        )
+        if watched or not self.on:
+            return plainly()
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("default")
         return stance
 
     def line(self) -> str:
         """What a run says of it; nothing where nobody asked for it."""
         if self.fault:
             return f"steps run without torch.compile: {self.fault}"
-        return f"steps run compiled; the first one took {self.seconds:.0f} s" if self.on else ""
+        return f"steps run compiled; compiling took {self.seconds:.0f} s" if self.on else ""
 
 
 def compile_layers(stack: Stack, gradient: Gradient) -> Compilation:

@@ -1,7 +1,7 @@
 """Evaluation that leaves no trace: sums over examples, independent of how they are batched."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from onegpu.adapters import Stack
 from .data.batches import Cut
 from .tasks import Batch, Example, Objective, Reader, Task
 
-__all__ = ["Evaluator", "Finding", "evaluating", "on_device", "reference", "shown", "surveyed"]
+__all__ = ["Evaluator", "Finding", "evaluating", "on_device", "plainly", "reference", "shown", "surveyed"]
 
 Refer = Callable[[Batch], Batch]  # what the reference model says of a batch
 
@@ -104,6 +104,12 @@ def reference(task: Task, stack: Stack, autocast: torch.autocast) -> Refer:
     return refer
 
 
+def plainly() -> AbstractContextManager[object]:
+    """Layers that are compiled for training run as they are inside the block, where hooks see their modules."""
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradient and evaluation mode inside the block; afterwards each module is in the mode it was in.
@@ -113,7 +119,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), plainly():
             yield
     finally:
         for module in training:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from onegpu.adapters import ProofFailed, Stack
 from onegpu.adapters.fingerprints import Fingerprint, base_tensors, fingerprint, tensor_digest
 
-from .evaluation import evaluating
+from .evaluation import evaluating, plainly
 from .gradient_flow import GradientFlow, tensors_in
 from .tasks import Batch, Task
 
@@ -127,7 +127,7 @@ def explain_non_finite(stack: Stack, task: Task, batch: Batch) -> str:
 
     handles = [m.register_forward_hook(watch(name)) for name, m in stack.model.named_modules() if name]
     try:
-        with torch.no_grad(), task.at_work(stack.model):
+        with torch.no_grad(), plainly(), task.at_work(stack.model):
             task.objective(stack.model, batch)
     finally:
         for handle in handles:
@@ -140,7 +140,7 @@ def explain_cut(stack: Stack, task: Task, batch: Batch) -> str:
     trainable = stack.trainable()
     flow = GradientFlow.of(stack.root, trainable)
     try:
-        with task.at_work(stack.model):
+        with plainly(), task.at_work(stack.model):
             task.objective(stack.model, batch)
     finally:
         flow.close()

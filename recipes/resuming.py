@@ -20,6 +20,7 @@ CONTENT = {  # what a run reads beside its recipe, by where the manifest has it
     "labels": "the classes",
     "class_weights": "the weights of the classes",
     "stop_tokens": "the tokens that end an answer",
+    "compiled": "whether steps run compiled",
 }
 
 
@@ -109,7 +110,7 @@ def _fault_of_best(folder: RunFolder, step: int | None) -> str | None:
 
 def _other_content(checkpoint: Path, base: Fingerprint, facts: Mapping[str, Any]) -> list[str]:
     manifest = artefact.read(checkpoint / "adapter").manifest
-    found = [what for key, what in CONTENT.items() if manifest.run.get(key) != facts[key]]
+    found = [what for key, what in CONTENT.items() if manifest.run.get(key) != facts.get(key)]
     found += [f"the tokenizer ({kind})" for kind in _other_parts(manifest.run.get("tokenizer"), facts["tokenizer"])]
     return found + (["the base"] if manifest.base.fingerprint != base else [])
 

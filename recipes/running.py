@@ -204,6 +204,7 @@ def _session(
     _describe_groups(groups, settings.learning_rate, display)
     if settings.compile:
         session.compilation = _compiled(session)
+        facts["compiled"] = session.compilation.on
     for text in (remark, session.compilation.line(), unreached_peak(settings, job.steps)):
         if text:
             display.line("note", text)

@@ -1,5 +1,6 @@
 """Layers that are compiled: the same numbers, plain layers outside of steps, and reasons why not."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from onegpu.adapters import ProofFailed, RecipeError
 from onegpu.recipes import Loaded, Outcome, compiling, training
 from onegpu.recipes.compiling import Compilation
 from onegpu.recipes.display import Display
@@ -40,27 +42,35 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 
 @pytest.fixture
-def losses(metrics: Callable[[Path], list[dict[str, Any]]], tmp_path: Path) -> Callable[[str], list[float]]:
-    return lambda name: [line["loss"] for line in metrics(tmp_path / name)]
-
-
-@pytest.mark.parametrize(
-    "stack", [[{"lora": {"rank": 4}}], ["nf4", {"lora": {"rank": 4}}], [{"prefix": {"length": 3}}], ["full"]], ids=str
-)
-def test_a_compiled_run_has_the_losses_of_a_plain_one(
-    stack: list[Any],
+def both(
     chat_recipe: Recipe,
     run: Run,
-    told: list[str],
     backend: Callable[[Any], None],
-    losses: Callable[[str], list[float]],
+    metrics: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> Callable[..., list[list[float]]]:
+    """`both(backend, stack)`: the losses of a plain run, and of one that asks for compiled steps."""
+
+    def losses(of: Any, stack: list[Any]) -> list[list[float]]:
+        backend(of)
+        for name, more in (("plain", {}), ("compiled", {"compile": True})):
+            run(chat_recipe(stack, train=SETTINGS | more), name)
+        return [[line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "compiled")]
+
+    return losses
+
+
+LORA = [{"lora": {"rank": 4}}]
+
+
+@pytest.mark.parametrize("stack", [LORA, ["nf4", *LORA], [{"prefix": {"length": 3}}], ["full"]], ids=str)
+def test_a_compiled_run_has_the_losses_of_a_plain_one(
+    stack: list[Any], both: Callable[..., list[list[float]]], told: list[str]
 ) -> None:
-    backend("aot_eager")
-    run(chat_recipe(stack, train=SETTINGS), "plain")
-    assert not any(line.startswith("note steps run") for line in told)
-    run(chat_recipe(stack, train=SETTINGS | {"compile": True}), "compiled")
-    assert any(line.startswith("note steps run compiled") for line in told), told
-    assert losses("compiled") == pytest.approx(losses("plain"), rel=1e-5)
+    plain, compiled = both("aot_eager", stack)
+    (line,) = [line for line in told if line.startswith("note steps run")]  # of the second run alone
+    assert line.startswith("note steps run compiled")
+    assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 def test_only_steps_run_compiled(chat_recipe: Recipe, run: Run, backend: Callable[[Any], None]) -> None:
@@ -79,39 +89,73 @@ def test_only_steps_run_compiled(chat_recipe: Recipe, run: Run, backend: Callabl
 
 
 def test_what_cannot_be_compiled_is_told_and_runs_plainly(
-    chat_recipe: Recipe,
-    run: Run,
-    told: list[str],
-    backend: Callable[[Any], None],
-    losses: Callable[[str], list[float]],
+    both: Callable[..., list[list[float]]], told: list[str], tmp_path: Path
 ) -> None:
     def missing(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here")
 
-    backend(missing)
-    run(chat_recipe(train=SETTINGS), "plain")
-    run(chat_recipe(train=SETTINGS | {"compile": True}), "compiled")
+    plain, compiled = both(missing, LORA)
     (line,) = [line for line in told if "torch.compile" in line]
     assert line.startswith("note steps run without torch.compile:")
     assert "no compiler here" in line
-    assert losses("compiled") == losses("plain")
+    assert compiled == plain
+    assert _manifest(tmp_path / "compiled")["compiled"] is False
+    assert "compiled" not in _manifest(tmp_path / "plain")
 
 
-def test_other_numbers_are_not_used(
-    chat_recipe: Recipe,
-    run: Run,
-    told: list[str],
-    backend: Callable[[Any], None],
-    losses: Callable[[str], list[float]],
-) -> None:
+def _manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter/manifest.json").read_text("utf-8"))["run"]
+    return found
+
+
+def test_other_numbers_are_not_used(both: Callable[..., list[list[float]]], told: list[str]) -> None:
     def wrong(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         return lambda *given: tuple(x * 1.01 if x.requires_grad else x for x in graph.forward(*given))
 
-    backend(wrong)
-    run(chat_recipe(train=SETTINGS), "plain")
-    run(chat_recipe(train=SETTINGS | {"compile": True}), "compiled")
+    plain, compiled = both(wrong, LORA)
     assert any("it gives another gradient, by" in line for line in told), told
-    assert losses("compiled") == losses("plain")
+    assert compiled == plain
+
+
+def _in_step(step: int, do: Callable[[Session], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training._accumulate
+
+    def accumulate(s: Session, *given: Any) -> tuple[float, float]:
+        if s.step + 1 == step:
+            do(s)
+        return real(s, *given)
+
+    monkeypatch.setattr(training, "_accumulate", accumulate)
+
+
+def _die(s: Session) -> None:
+    raise SystemError("the power went")
+
+
+def test_a_run_that_was_compiled_is_not_resumed_plainly(
+    chat_recipe: Recipe, run: Run, backend: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = chat_recipe(LORA, train=SETTINGS | {"compile": True})
+    backend("aot_eager")
+    with monkeypatch.context() as patch:
+        _in_step(4, _die, patch)
+        with pytest.raises(SystemError):
+            run(loaded)
+    monkeypatch.setattr(compiling, "_layers", lambda stack: iter(()))
+    with pytest.raises(RecipeError, match="whether steps run compiled changed"):
+        run(loaded, resume=True)
+
+
+def test_a_module_whose_output_is_not_finite_is_named_in_a_compiled_run(
+    chat_recipe: Recipe, run: Run, backend: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(s: Session) -> None:
+        s.stack.root.get_parameter("model.layers.1.input_layernorm.weight").data[0] = torch.inf
+
+    backend("aot_eager")
+    _in_step(2, spoil, monkeypatch)
+    with pytest.raises(ProofFailed, match=r"step 2: the loss is nan, first in model\.layers\.1\.input_layernorm"):
+        run(chat_recipe(LORA, train=SETTINGS | {"compile": True}))
 
 
 def test_a_model_without_layers_says_so(chat_recipe: Recipe, run: Run, told: list[str], monkeypatch: Any) -> None:
@@ -153,26 +197,22 @@ def test_a_compiled_run_that_is_resumed_writes_the_same_bytes(
     stack: list[Any],
     chat_recipe: Recipe,
     run: Run,
-    losses: Callable[[str], list[float]],
+    metrics: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
     saved_tensors: Callable[[Path], dict[str, torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = chat_recipe(stack, train=SETTINGS | {"compile": True})
-    straight, real = run(loaded, "straight"), training._accumulate
-
-    def stop(s: Session, *given: Any) -> tuple[float, float]:
-        if s.step == 3:
-            raise KeyboardInterrupt
-        return real(s, *given)
-
+    straight = run(loaded, "straight")
     torch._dynamo.reset()  # as in another process
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_accumulate", stop)
-        with pytest.raises(KeyboardInterrupt):
+        _in_step(4, _die, patch)
+        with pytest.raises(SystemError):
             run(loaded, "begun")
     torch._dynamo.reset()
     resumed = run(loaded, "begun", resume=True)
-    assert losses("begun") == losses("straight")
+    first, second = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("straight", "begun"))
+    assert first == second
     expected, found = (saved_tensors(outcome.adapter) for outcome in (straight, resumed))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -115,7 +115,8 @@ def test_a_ragged_split_and_the_short_window_at_the_end_count_as_they_should(
     settings = {"epochs": 1, "steps": None, "effective_batch": 4, "learning_rate": rate}
     found = updates(chat_recipe, STACKS[stack], [settings | {"micro_batch": n} for n in (4, 3)])
     assert [len(losses) for _, losses in found] == [3, 3]
-    _assert_all_the_same(found, 2 * TOLERANCE)  # the second and third step go on from what was rounded
+    # Of a base that trains itself, the second and third step go on from what was rounded in all of its weights.
+    _assert_all_the_same(found, 2 * TOLERANCE if stack == "full" else TOLERANCE)
 
 
 @pytest.mark.parametrize("stack", ["lora", "full"])
