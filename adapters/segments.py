@@ -6,7 +6,7 @@ of its own, lets the attention that the model had before look at them, and puts 
     tokens            s s s a a a b b        one row, no padding: (1, tokens)
     segments          s s s                  beside one another, padded: (segments, longest)
                       s s s a a a            `a` and `b` go on from `s`, whose keys and values stand before theirs:
-                      s s s b b              what many sequences begin with is computed once
+                      s s s b b              what many sequences begin with is computed once (a tree of any depth)
 
 It enters through transformers' public attention registry. Keys that many segments look at get the sum of their
 gradients in a fixed order, so that a run gives the same bytes again, on CUDA too.
@@ -14,6 +14,7 @@ gradients in a fixed order, so that a run gives the same bytes again, on CUDA to
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .drawn_masks import seed, share
 from .segment_attention import apart, attend_in_tiles, tiles_of, together
 
-__all__ = ["Segments", "cannot_pack", "packed_attention", "sees_less", "segments_of"]
+__all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
 
 PACKED = {"sdpa": "onegpu_packed", "eager": "onegpu_packed_plain"}  # ours, by what the model had before
 ATTENTIVE = {"full_attention", "sliding_attention"}  # as configurations call layers that see all before a token
@@ -48,18 +49,20 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
 
     Args:
         lengths: tokens of each segment.
-        before: the segment that each goes on from, one that goes on from none itself; None where it begins anew.
+        before: the segment that each goes on from, one that stands before it; None where it begins anew.
     """
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    first = [0 if b is None else lengths[b] for b in before]  # keys in front of the segment's own
-    rows, columns = max(lengths), max(n + m for n, m in zip(lengths, first, strict=True))
-    queries = [_filled(range(s, s + n), rows) for s, n in zip(starts, lengths, strict=True)]
-    keys, readers = [], dict[int, list[int]]()
-    for i, (s, n, b) in enumerate(zip(starts, lengths, before, strict=True)):
-        others = [] if b is None else list(range(starts[b], starts[b] + lengths[b]))
-        for place, token in enumerate(others):
+    ends = list(accumulate(lengths))
+    seen: list[list[int]] = []  # tokens that each sees, its own last
+    for end, n, b in zip(ends, lengths, before, strict=True):
+        seen.append([*([] if b is None else seen[b]), *range(end - n, end)])
+    first = [len(tokens) - n for tokens, n in zip(seen, lengths, strict=True)]  # keys in front of the segment's own
+    rows, columns = max(lengths), max(map(len, seen))
+    queries = [_filled(range(end - n, end), rows) for end, n in zip(ends, lengths, strict=True)]
+    keys = [_filled(tokens, columns) for tokens in seen]
+    readers: dict[int, list[int]] = {}
+    for i, (tokens, ahead) in enumerate(zip(seen, first, strict=True)):
+        for place, token in enumerate(tokens[:ahead]):
             readers.setdefault(token, []).append(i * columns + place)
-        keys.append(_filled([*others, *range(s, s + n)], columns))
     most = max(map(len, readers.values()), default=0)
     nowhere = len(lengths) * columns
     return Segments(
@@ -100,10 +103,10 @@ def cannot_pack(model: nn.Module, longest: int) -> str:
         return "its attention is not in the public registry"
     if model.config._attn_implementation not in PACKED:
         return f"its attention is `{model.config._attn_implementation}`"
-    return sees_less(model, longest)
+    return _sees_less(model, longest)
 
 
-def sees_less(model: nn.Module, longest: int) -> str:
+def _sees_less(model: nn.Module, longest: int) -> str:
     """Why a token of this model may not see all that is before it, as its configuration says; "" where it says nothing.
 
     Args:

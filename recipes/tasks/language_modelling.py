@@ -26,6 +26,7 @@ from .contract import (
     Example,
     Objective,
     Predictions,
+    PredictiveTask,
     Reader,
     Row,
     RowProblem,
@@ -50,7 +51,7 @@ class MaskableExample(Example):
     vocabulary: int = 0  # how many tokens there are to draw a random one from
 
 
-class LanguageModelling(PackedTask):
+class LanguageModelling(PackedTask, PredictiveTask):
     """Train on plain text."""
 
     api = 1
@@ -131,7 +132,7 @@ class LanguageModelling(PackedTask):
             for place, example in enumerate(cast(Sequence[MaskableExample], window))
         ]
 
-    def causal(self) -> bool:
+    def packable(self) -> bool:
         return self.predict == "next"
 
     def predictions(self, model: nn.Module, batch: Batch) -> Predictions:

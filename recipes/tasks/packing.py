@@ -7,7 +7,8 @@ Packed, a model computes no padding, and `<s> Be kind .` once: for each of its t
 they see nothing but what is before them. Losses and gradients are those of the padded rows up to rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
@@ -30,7 +31,7 @@ ROUNDING = 16  # units in the last place by which logits may differ between two 
 
 
 class PackedTask(TokenTask):
-    """A task of causal models whose examples have a label for each token."""
+    """A task of causal models whose sequences have a label for each token."""
 
     packing: bool = True
     """Rows stand behind one another instead of padded, and what several begin with is computed once, where the model's
@@ -39,9 +40,17 @@ class PackedTask(TokenTask):
     _packed: bool = PrivateAttr(default=False)
     _shares: bool = PrivateAttr(default=False)
 
-    def causal(self) -> bool:
-        """Whether a token's label is predicted from what is before it; other sequences cannot be packed."""
+    def packable(self) -> bool:
+        """Whether its sequences may lie in one row: not where a token is predicted from what is behind it, too."""
         return True
+
+    def groups(self, examples: int, shares: bool) -> Sequence[Sequence[int]]:
+        """Which sequences of a batch may have a beginning in common.
+
+        Args:
+            shares: whether those of any two examples may; not where each has to have dropout of its own.
+        """
+        return [range(examples)] if shares else [[number] for number in range(examples)]
 
     @property
     def packs(self) -> bool:
@@ -50,13 +59,14 @@ class PackedTask(TokenTask):
     def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Self, str]:
         """Packs where this model can."""
         task, remark = super().suited(model, example, longest=longest, pad=pad, packing=packing)
-        if not self.packing or not self.causal():
+        if not self.packing or not self.packable():
             return task, remark
         reason = cannot_pack(model, longest) if packing else "an adapter or a teacher would mix what is in a row"
         shares, reason = (False, reason) if reason else Trial.of(example).of_model(model, pad)
         if reason:
             return task, _together(f"rows are padded to one length, not packed: {reason}", remark)
-        what = "rows are packed" + ", and what several begin with is read once" * shares
+        once = any(len(group) > 1 for group in self.groups(2, shares))
+        what = "rows are packed" + ", and what several begin with is read once" * once
         return task._packing(shares), _together(what, remark)
 
     def _packing(self, shares: bool) -> Self:
@@ -65,9 +75,13 @@ class PackedTask(TokenTask):
         return task
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:
+        return self.rows(examples, len(examples), pad)
+
+    def rows(self, sequences: Sequence[Example], examples: int, pad: int) -> Batch:
+        """The sequences of so many examples, packed or padded."""
         if not self._packed:
-            return token_batch(examples, pad)
-        return packed_batch(examples, shares=self._shares, fill=pad)
+            return token_batch(sequences, pad)
+        return packed_batch(sequences, self.groups(examples, self._shares), fill=pad)
 
     def at_work(self, model: nn.Module) -> AbstractContextManager[None]:
         return packed_attention(model) if self._packed else nullcontext()
@@ -96,19 +110,22 @@ class Part(NamedTuple):
     labels: Sequence[int]
     start: int = 0  # position of its first token
     before: int | None = None  # the segment it goes on from
+    sequence: int = -1  # whose rest it is; of what is shared and of filling, nobody's
 
 
-def packed_batch(examples: Sequence[Example], *, shares: bool, fill: int | None = None) -> Batch:
-    """Examples with a label for each token, and none at their first one, in one row.
+def packed_batch(sequences: Sequence[Example], groups: Sequence[Sequence[int]], *, fill: int | None = None) -> Batch:
+    """Sequences with a label for each token, and none at their first one, in one row.
 
     Args:
+        groups: the numbers of those that share what they begin with, so that it stands there once.
         fill: a token that fills the row up to a multiple of 32, as a sequence of its own. Products of a size that a
             processor's library has not met yet take it a millisecond to prepare, and memory to remember.
 
     Returns:
-        `input_ids`, `position_ids`, `labels`: (1, tokens); and where segments are: `onegpu.adapters.segments`.
+        `input_ids`, `position_ids`, `labels`, and `sequences`, the number of each token's: (1, tokens); `supervised`:
+        (sequences,) tokens; and where segments are: `onegpu.adapters.segments`.
     """
-    parts = _parts(examples) if shares else [Part(e.ids, e.labels) for e in examples]
+    parts = _parts(sequences, groups)
     if fill is not None and (short := -sum(len(part.ids) for part in parts) % MULTIPLE):
         parts.append(Part([fill] * short, [IGNORED] * short))
     places = segments_of([len(part.ids) for part in parts], [part.before for part in parts])._asdict()
@@ -116,28 +133,40 @@ def packed_batch(examples: Sequence[Example], *, shares: bool, fill: int | None 
         "input_ids": torch.tensor([[token for part in parts for token in part.ids]]),
         "position_ids": torch.tensor([[part.start + i for part in parts for i in range(len(part.ids))]]),
         "labels": torch.tensor([[label for part in parts for label in part.labels]]),
+        "sequences": torch.tensor([[part.sequence for part in parts for _ in part.ids]]),
+        "supervised": torch.tensor([sequence.supervised for sequence in sequences]),
     } | {SEGMENTS[name]: tensor for name, tensor in places.items() if tensor is not None}
 
 
-def _parts(examples: Sequence[Example]) -> list[Part]:
-    """Each beginning that several examples share, behind it what is left of each; examples without one as they are."""
-    groups: dict[tuple[int, ...], list[Example]] = {}
-    for example in examples:
-        groups.setdefault(tuple(example.ids[:LEAST_SHARED]), []).append(example)
+def _parts(sequences: Sequence[Example], groups: Sequence[Sequence[int]]) -> list[Part]:
+    """Beginnings that several share, then what goes on from them: a tree, level by level."""
     parts: list[Part] = []
-    for group in groups.values():
-        length = _shared_length(group)
-        if length < LEAST_SHARED:
-            parts += [Part(e.ids, e.labels) for e in group]
-            continue
-        root = len(parts)
-        parts.append(Part(group[0].ids[:length], [IGNORED] * length))
-        parts += [Part(e.ids[length:], e.labels[length:], length, root) for e in group]
+    waiting: deque[tuple[Sequence[int], int, int | None]] = deque((group, 0, None) for group in groups)
+    while waiting:
+        group, start, before = waiting.popleft()
+        for alike in _alike(sequences, group, start):
+            ids = sequences[alike[0]].ids
+            end = _shared_end([sequences[number] for number in alike])
+            if end - start >= LEAST_SHARED:
+                waiting.append((alike, end, len(parts)))
+                parts.append(Part(ids[start:end], [IGNORED] * (end - start), start, before))
+                continue
+            for number in alike:
+                rest = sequences[number]
+                parts.append(Part(rest.ids[start:], rest.labels[start:], start, before, number))
     return parts
 
 
-def _shared_length(group: Sequence[Example]) -> int:
-    """Tokens with which all of several examples begin.
+def _alike(sequences: Sequence[Example], numbers: Sequence[int], start: int) -> Iterable[list[int]]:
+    """Those of some sequences that go on in the same way."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number in numbers:
+        found.setdefault(tuple(sequences[number].ids[start : start + LEAST_SHARED]), []).append(number)
+    return found.values()
+
+
+def _shared_end(group: Sequence[Example]) -> int:
+    """Tokens with which all of several sequences begin.
 
     Nothing that is shared is supervised, nor the token after it: its prediction comes from a token that is shared.
     """
@@ -145,7 +174,7 @@ def _shared_length(group: Sequence[Example]) -> int:
         return 0
     first = group[0]
     common = min(common_length(first.ids, other.ids) for other in group[1:])
-    return min(common, *(_first_supervised(example) - 1 for example in group))
+    return min(common, *(_first_supervised(sequence) - 1 for sequence in group))
 
 
 def _first_supervised(example: Example) -> int:
@@ -176,19 +205,27 @@ class Trial(NamedTuple):
         try:
             with torch.no_grad():
                 alone = self._alone(model, pad)
-                shares = torch.equal(alone, self._training(model, pad))
+                shares = not self._draws(model, pad, alone)
                 return shares, self._fault(model, alone, shares)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as cause:
             return False, f"it does not take such a row: {str(cause).splitlines()[0]}"
 
     def _alone(self, model: nn.Module, pad: int) -> Tensor:  # (2, longest, vocabulary)
-        return _logits(model, token_batch(list(self), pad))
+        return _logits(model, token_batch(self, pad))
 
-    def _training(self, model: nn.Module, pad: int) -> Tensor:  # (2, longest, vocabulary)
+    def _draws(self, model: nn.Module, pad: int, alone: Tensor) -> bool:
+        """Whether training draws at random, which shows in the logits or, while an adapter adds nothing, only in this:
+        the next number drawn is another one.
+        """
+        device = alone.device
         with torch.random.fork_rng():
             model.train()
             try:
-                return self._alone(model, pad)
+                torch.manual_seed(0)
+                training = self._alone(model, pad)
+                behind = torch.rand(1), torch.rand(1, device=device)
+                torch.manual_seed(0)
+                return not torch.equal(alone, training) or behind != (torch.rand(1), torch.rand(1, device=device))
             finally:
                 model.eval()
 
@@ -206,8 +243,8 @@ class Trial(NamedTuple):
 
     def _together(self, model: nn.Module, shares: bool) -> tuple[Tensor, Tensor]:
         """The logits of both in one row, as if each stood alone: (tokens, vocabulary) each."""
-        found = _logits(model, packed_batch(list(self), shares=shares))[0]
-        length = _shared_length(self) if shares else 0
+        found = _logits(model, packed_batch(self, [[0, 1]] if shares else [[0], [1]]))[0]
+        length = _shared_end(self) if shares else 0
         length = length if length >= LEAST_SHARED else 0
         size = self.first.size
         return found[:size], torch.cat([found[:length], found[size:]])

@@ -13,17 +13,16 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .answering import generate_texts
 from .chat import answer
-from .contract import IGNORED, Batch, Direction, Example, Objective, Reader, Row, RowProblem, Task, model_inputs
-from .output_head import Arithmetic, find_head
-from .pairs import PairExample, Said, collated, continued, fitted, marked, pair_scores, prompt_ids, read_pair, said
+from .contract import IGNORED, Batch, Direction, Example, Objective, Reader, Row, RowProblem
+from .packing import PackedTask
+from .pairs import PairExample, Said, continued, fitted, marked, pair_scores, prompt_ids, read_pair, said
 from .preference_losses import READS, Loss, Strengths, compared, kto_loss, needs_reference, pair_loss
-from .shared_prompts import cannot_share, joined, sequence_logps, supervised_tokens
-from .tokens import at_once
+from .tokens import sequence_logps, supervised_tokens
 
 __all__ = ["JudgedExample", "Preference"]
 
@@ -39,7 +38,7 @@ class JudgedExample(PairExample):
     longest: int = 0  # tokens that a sequence may have
 
 
-class Preference(Task):
+class Preference(PackedTask):
     """Fine-tune on preferences: towards what was chosen, away from what was rejected."""
 
     api = 1
@@ -69,12 +68,6 @@ class Preference(Task):
 
     too_long: Literal["error", "drop", "cut-left"] = "error"
     """What to do above `max_length`; `cut-left` cuts the prompt from its left, never a completion."""
-
-    share_prompt: bool = True
-    """Read a prompt once for both of its completions, where the model's attention allows it; read by all but `kto`."""
-
-    _joined: bool = PrivateAttr(default=False)  # a pair is one row: see shared_prompts.py
-    _arithmetic: Arithmetic | None = PrivateAttr(default=None)  # of a head whose logits are made in chunks
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
@@ -116,21 +109,12 @@ class Preference(Task):
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def suited(self, model: nn.Module, example: Example, *, longest: int, pad: int, packing: bool) -> tuple[Task, str]:
-        """Reads prompts once where this model can, and makes logits in chunks where they can be."""
-        found = find_head(model, model_inputs(self.collate([example], pad)))
-        task, remarks = self.model_copy(), []
-        if isinstance(found, Arithmetic):
-            task._arithmetic = found
-        else:
-            remarks.append(at_once(found))
-        if self.loss != "kto" and self.share_prompt:
-            (pair,) = _judged([example])
-            reason = cannot_share(model, pair, longest, pad) if packing else "an adapter mixes what is in a row"
-            task._joined = not reason
-            twice = f"each prompt is read twice, once for each completion: {reason}"
-            remarks.insert(0, twice if reason else "each prompt is read once for both of its completions")
-        return task, "; ".join(remarks)
+    def packable(self) -> bool:
+        return self.loss != "kto"  # takes its own completions and the mismatched ones apart
+
+    def groups(self, examples: int, shares: bool) -> Sequence[Sequence[int]]:
+        """Sequences are the chosen ones, then the rejected; two of one prompt share it in any case."""
+        return [range(2 * examples)] if shares else [[number, number + examples] for number in range(examples)]
 
     def prepare(self, window: Sequence[Example], seed: int) -> Sequence[Example]:
         """KTO: each prompt with the completion of its neighbour in the window, the one before it as in trl.
@@ -145,18 +129,11 @@ class Preference(Task):
         return [_mismatched(example, examples[i - by]) for i, example in enumerate(examples)]
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:
-        """(2 · batch, tokens): the chosen ones, then the rejected; KTO's completions, then the mismatched ones.
-
-        Or (batch, tokens) of pairs whose prompt is read once.
-        """
+        """Of pairs the chosen ones, then the rejected; of KTO the completions, then the mismatched ones."""
         judged = _judged(examples)
-        if self._joined:
-            return joined(judged, pad)
-        batch = collated(
-            [e.ids for e in judged] + [e.other_ids or e.ids for e in judged],
-            [e.labels for e in judged] + [e.other_labels or [IGNORED] * len(e.ids) for e in judged],
-            pad,
-        )
+        first = [Example(e.row, e.ids, e.labels) for e in judged]
+        second = [Example(e.row, e.other_ids or e.ids, e.other_labels or [IGNORED] * len(e.ids)) for e in judged]
+        batch = self.rows([*first, *second], len(judged), pad)
         rows, desirable = (torch.tensor(values) for values in zip(*((e.row, e.desirable) for e in judged), strict=True))
         return batch | {"rows": rows, "desirable": desirable}
 

@@ -22,7 +22,7 @@ REFERENCE = {"dpo", "ipo", "hinge", "robust", "kto"}  # compare with π_ref
 PER_TOKEN = {"ipo", "simpo", "orpo"}  # compare means over tokens, so length does not count
 LIKELIHOOD = {"cpo", "orpo"}  # add the mean negative log-likelihood of the chosen tokens
 
-OF_PAIRS = {"share_prompt"}
+OF_PAIRS = {"packing"}
 READS: dict[str, set[str]] = {
     "dpo": OF_PAIRS | {"label_smoothing"},
     "ipo": OF_PAIRS,

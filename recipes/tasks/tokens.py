@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from typing import Self
 
+import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .chunks import CrossEntropy, Measure, over_chunks
-from .contract import IGNORED, Batch, Example, Objective, Predictions, PredictiveTask, model_inputs
+from .contract import IGNORED, Batch, Example, Objective, Predictions, Task, model_inputs
 from .output_head import Arithmetic, OutputHead, before_head, find_head
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "causal_logits",
     "own_logits",
     "selected",
+    "sequence_logps",
+    "supervised_tokens",
     "surprises",
     "token_objective",
     "token_scores",
@@ -56,7 +59,7 @@ class HiddenPredictions(Predictions):
         return over_chunks(self.head, self.hidden, measure)
 
 
-class TokenTask(PredictiveTask):
+class TokenTask(Task):
     """A task over tokens of a vocabulary, whose logits are made in chunks where its model allows it."""
 
     _arithmetic: Arithmetic | None = PrivateAttr(default=None)  # None: not tried, or all logits are made at once
@@ -145,6 +148,32 @@ def surprises(found: Predictions) -> Tensor:  # (supervised,)
     if isinstance(found, HiddenPredictions):
         return found.over(CrossEntropy(found.targets))[:, 0]
     return F.cross_entropy(found.logits, found.targets, reduction="none")
+
+
+def sequence_logps(model: nn.Module, batch: Batch, arithmetic: Arithmetic | None = None) -> Tensor:
+    """log π(y|x): the summed log-probability of the supervised tokens of each sequence.
+
+    Args:
+        batch: sequences padded to one length, or packed into one row.
+        arithmetic: of the model's head, where it is known: then logits are made in chunks.
+
+    Returns:
+        (sequences,), float32.
+    """
+    labels = batch["labels"][:, 1:]
+    supervised = labels != IGNORED
+    logps = -surprises(causal_logits(model, batch, arithmetic))  # (supervised,), row by row
+    # Neither is index_add, whose sums differ from run to run on CUDA.
+    if "sequences" not in batch:
+        return torch.zeros_like(supervised, dtype=logps.dtype).masked_scatter(supervised, logps).sum(1)
+    numbers = torch.arange(len(batch["supervised"]), device=labels.device)
+    own = batch["sequences"][:, 1:][supervised] == numbers[:, None]  # (sequences, supervised)
+    return torch.where(own, logps, 0.0).sum(1)
+
+
+def supervised_tokens(batch: Batch) -> Tensor:  # (sequences,)
+    """How many tokens each log-probability sums."""
+    return batch["supervised"] if "sequences" in batch else (batch["labels"] != IGNORED).sum(1)
 
 
 def token_scores(outcomes: Sequence[tuple[int, int, float]]) -> dict[str, float]:

@@ -42,9 +42,23 @@ def test_beginnings_with_unlike_numbers_of_readers() -> None:
     assert found.readers.tolist()[2:] == [[16, nowhere], [17, nowhere], [18, nowhere]]
 
 
+def test_what_goes_on_from_a_segment_that_goes_on_itself_sees_both() -> None:
+    found = segments_of([2, 1, 2, 1], [None, 0, 1, 0])
+    assert found.keys.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 0, 0], [0, 1, 2, 3, 4], [0, 1, 5, 0, 0]]
+    assert found.shared.tolist() == [0, 1, 2]
+    assert found.readers.tolist() == [[5, 10, 15], [6, 11, 16], [12, 20, 20]]
+    assert found.seen is not None
+    assert found.seen[:, 0, 0].sum(1).tolist() == [1, 3, 4, 3]
+
+
 @pytest.mark.parametrize(
     ("lengths", "before"),
-    [([3, 2, 4], [None, None, None]), ([3, 3, 2, 1], [None, 0, 0, None]), ([2, 1, 1, 3, 1], [None, 0, 0, None, 3])],
+    [
+        ([3, 2, 4], [None, None, None]),
+        ([3, 3, 2, 1], [None, 0, 0, None]),
+        ([2, 1, 1, 3, 1], [None, 0, 0, None, 3]),
+        ([2, 1, 2, 1], [None, 0, 1, 0]),
+    ],
 )
 def test_the_gradient_of_a_token_is_the_sum_over_all_who_see_it(lengths: list[int], before: list[int | None]) -> None:
     segments = segments_of(lengths, before)

@@ -62,6 +62,8 @@ EXAMPLES = [
     _example([*reversed(START), 3], [1, 12]),
     _example([14, 15, 16, 17, 18], [2]),
 ]
+TOGETHER = [range(len(EXAMPLES))]
+APART = [[number] for number in range(len(EXAMPLES))]
 
 
 def _suited(model: PreTrainedModel, **settings: Any) -> tuple[Any, str]:
@@ -102,7 +104,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, attention: str) 
     task, remark = _suited(model)
     assert (task.packs, remark) == (True, "rows are packed, and what several begin with is read once")
     expected = _gradients(model, trainable, CHAT, token_batch(EXAMPLES, PAD))
-    for batch in (task.collate(EXAMPLES, PAD), packed_batch(EXAMPLES, shares=False)):
+    for batch in (task.collate(EXAMPLES, PAD), packed_batch(EXAMPLES, APART)):
         found = _gradients(model, trainable, task, batch)
         for key, value in expected.items():
             assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())), key
@@ -148,7 +150,7 @@ def test_equal_examples_are_each_counted() -> None:
 
 def test_there_is_no_padding_and_a_common_beginning_stands_once() -> None:
     tokens = sum(example.size for example in EXAMPLES)
-    apart, shared = (packed_batch(EXAMPLES, shares=shares) for shares in (False, True))
+    apart, shared = (packed_batch(EXAMPLES, groups) for groups in (APART, TOGETHER))
     assert apart["input_ids"].shape == apart["labels"].shape == apart["position_ids"].shape == (1, tokens)
     # Three begin with the same twelve tokens; of the third the last is supervised, and the one before it predicts it.
     assert shared["input_ids"].shape == (1, tokens - 2 * len(START))
@@ -157,14 +159,36 @@ def test_there_is_no_padding_and_a_common_beginning_stands_once() -> None:
 
 def test_what_is_supervised_or_predicts_it_is_not_shared() -> None:
     examples = [_example([*START, 1, 2], [supervised]) for supervised in (LEAST_SHARED + 1, 13)]
-    assert packed_batch(examples, shares=True)["input_ids"].shape == (1, 2 * 14 - LEAST_SHARED)
+    assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, 2 * 14 - LEAST_SHARED)
     examples = [_example([*START, 1, 2], [supervised]) for supervised in (LEAST_SHARED, 13)]
-    assert packed_batch(examples, shares=True)["input_ids"].shape == (1, 2 * 14)
+    assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, 2 * 14)
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_no_label_stands_where_a_sequence_begins(shares: bool) -> None:
-    batch = packed_batch(EXAMPLES, shares=shares)
+def test_beginnings_form_a_tree() -> None:
+    """All begin with START; two of these go on alike, so what they share lies behind what all share."""
+    middle = list(range(20, 30))
+    examples = [
+        _example([*START, *middle, 1, 2, 3], [23]),
+        _example([*START, 30, 31, 32], [13]),
+        _example([*START, *middle, 4, 5], [23]),
+    ]
+    batch = packed_batch(examples, [range(3)])
+    assert batch["input_ids"].tolist() == [[*START, *middle, 30, 31, 32, 1, 2, 3, 4, 5]]
+    assert batch["position_ids"].tolist() == [[*range(22), 12, 13, 14, 22, 23, 24, 22, 23]]
+    assert batch["sequences"].tolist() == [[-1] * 22 + [1] * 3 + [0] * 3 + [2] * 2]
+    assert batch["supervised"].tolist() == [1, 1, 1]
+    model = _model(CONFIGS["llama"])
+    trainable = _lora(model)
+    task, _ = _suited(model)
+    expected = _gradients(model, trainable, CHAT, token_batch(examples, PAD))
+    found = _gradients(model, trainable, task, task.collate(examples, PAD))
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())), key
+
+
+@pytest.mark.parametrize("groups", [APART, TOGETHER], ids=["apart", "together"])
+def test_no_label_stands_where_a_sequence_begins(groups: Any) -> None:
+    batch = packed_batch(EXAMPLES, groups)
     begins = (batch["position_ids"][0, 1:] != batch["position_ids"][0, :-1] + 1).nonzero()[:, 0] + 1
     assert (batch["labels"][0, begins] == IGNORED).all()
     assert len(begins) >= len(EXAMPLES) - 1
@@ -173,9 +197,14 @@ def test_no_label_stands_where_a_sequence_begins(shares: bool) -> None:
 # --- where it is possible ---------------------------------------------------------------------------------------------
 
 
-def test_a_beginning_is_not_shared_where_training_draws_at_random() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_beginning_is_not_shared_where_training_draws_at_random(trained: bool) -> None:
+    """Even while nothing of it is seen in the logits, as of a new adapter that adds nothing."""
     model = _model(CONFIGS["llama"])
-    _lora(model, dropout=0.5)
+    if trained:
+        _lora(model, dropout=0.5)
+    else:
+        attach(model, [{"lora": {"rank": 3, "dropout": 0.5}}])
     before = torch.get_rng_state()
     task, remark = _suited(model)
     assert (task.packs, remark) == (True, "rows are packed")

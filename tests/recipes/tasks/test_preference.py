@@ -20,7 +20,7 @@ from onegpu.adapters.stack import Stack
 from onegpu.recipes.tasks import Batch, Reader, RowProblem
 from onegpu.recipes.tasks.chat import answer
 from onegpu.recipes.tasks.preference import JudgedExample, Preference
-from onegpu.recipes.tasks.shared_prompts import sequence_logps
+from onegpu.recipes.tasks.tokens import sequence_logps
 
 IGNORED, PAD = -100, 1
 QUIET: dict[str, Any] = {
