@@ -1,10 +1,13 @@
 """What each task's packaged recipe comes to, beside full training and a probe of the frozen base, over several seeds.
 
     python benchmarks/tasks.py run RUNS [--only NAME ...] [--variants NAME ...] [--seeds 0 1 2]
-    python benchmarks/tasks.py table RUNS docs/results.md
+    python benchmarks/tasks.py keep RUNS
+    python benchmarks/tasks.py table docs/results.md
 
-The first trains into RUNS/NAME/VARIANT-SEED, one process each, and leaves what is finished alone. The second writes the
-page from those folders; no figure on it is written by hand.
+The first trains into RUNS/NAME/VARIANT-SEED, one process each, and leaves what is finished alone. The second reads what
+every finished run came to into benchmarks/results/tasks.jsonl, a line each, in place of what stood there of the same
+run: a table of a hundred runs need not be of one day. The third writes the page from these lines. No figure is written
+by hand.
 """
 
 import argparse
@@ -13,13 +16,17 @@ import os
 import platform
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+KEPT = Path(__file__).parent / "results/tasks.jsonl"
+COMMIT = "commit"  # in a run folder: what it was trained with
 ADAPTER, FULL, PROBE, FOUR_BITS = "adapter", "full", "probe", "nf4"
+NEAR = 0.015  # of `full`, where an adapter is said to be as good
 # Measured before and after only, on rows that nothing is chosen by.
 PLAIN = ("train.best=null", "train.evaluate_every=null", "train.checkpoint_every=null", "train.precision=bf16")
 
@@ -33,6 +40,7 @@ class Case:
     variants: Mapping[str, Sequence[str]]  # name -> overrides
     common: Sequence[str] = ()  # overrides of all variants
     note: str = ""
+    share: bool = True  # whether the metric is a share, 0 to 1
 
 
 def _full(rate: float) -> list[str]:
@@ -121,82 +129,119 @@ def _train(folder: Path, case: Case, overrides: Sequence[str]) -> None:
         command += ["--set", override]
     print(f"== {folder}", flush=True)
     subprocess.run(command, check=True)
+    (folder / COMMIT).write_text(_commit(), "utf-8")
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- what runs came to ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
     """What one run came to."""
 
+    case: str
+    variant: str
     seed: int
+    metric: str
     before: float
     after: float
+    stack: str
     trained: int  # parameters
     share: float  # of the base's
     size: int  # bytes of the adapter folder
     rows: int
+    steps: int
     seconds: float
-    manifest: Mapping[str, Any]
+    environment: str
 
 
-def read_result(folder: Path, metric: str) -> Result:
+def keep(runs: Path) -> None:
+    """Put the results of run folders beside, or in place of, those that are kept."""
+    found = {(r.case, r.variant, r.seed): r for r in [*kept(), *_finished(runs)]}
+    lines = [json.dumps(asdict(found[key])) for key in sorted(found)]
+    KEPT.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    print(f"{len(lines)} results in {KEPT}")
+
+
+def kept() -> list[Result]:
+    """The results that are kept."""
+    lines = KEPT.read_text("utf-8").splitlines() if KEPT.is_file() else []
+    return [Result(**json.loads(line)) for line in lines]
+
+
+def _finished(runs: Path) -> Iterator[Result]:
+    for name, case in CASES.items():
+        for variant in case.variants:
+            for path in sorted((runs / _folder(name, variant, 0)).parent.glob(f"{variant}-*/{COMMIT}")):
+                yield read_result(path.parent, name, variant)
+
+
+def read_result(folder: Path, name: str, variant: str) -> Result:
     """The result of a run folder."""
+    metric = CASES[name].metric
     manifest = json.loads((folder / "adapter/manifest.json").read_text("utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     evaluations = [line["evaluation"][metric] for line in lines if "evaluation" in line]
     trained = sum(group["elements"] for group in manifest["run"]["groups"])
     return Result(
+        case=name,
+        variant=variant,
         seed=manifest["run"]["train"]["seed"],
+        metric=metric,
         before=evaluations[0],
         after=evaluations[-1],
+        stack=" + ".join(record["adapter"] for record in manifest["adapters"]),
         trained=trained,
         share=trained / manifest["run"]["parameters"],
         size=sum(path.stat().st_size for path in (folder / "adapter").iterdir()),
         rows=manifest["run"]["data"]["train_rows"],
+        steps=max(line["step"] for line in lines),
         seconds=sum(line["seconds"] for line in lines if "seconds" in line),
-        manifest=manifest,
+        environment=_environment((folder / COMMIT).read_text("utf-8")),
     )
 
 
-def results_of(runs: Path, name: str) -> dict[str, list[Result]]:
-    """The results of a case, by variant and in the order of the seeds."""
-    case = CASES[name]
-    found = {}
-    for variant in case.variants:
-        folders = sorted((runs / _folder(name, variant, 0)).parent.glob(f"{variant}-*/adapter/manifest.json"))
-        if folders:
-            found[variant] = [read_result(path.parent.parent, case.metric) for path in folders]
-    return found
+def _environment(commit: str) -> str:
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers "
+        f"{version('transformers')}, onegpu {version('onegpu')} at {commit}"
+    )
 
 
-def table(runs: Path) -> str:
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table() -> str:
     """The page."""
-    lines = [HEAD.format(command="python benchmarks/tasks.py run RUNS"), *COLUMNS]
-    notes = []
+    results = kept()
+    lines, notes = [HEAD, *COLUMNS], []
     for name, case in CASES.items():
-        found = results_of(runs, name)
-        if ADAPTER in found:
-            lines.append(_row(name, case, found))
+        found = {variant: [r for r in results if (r.case, r.variant) == (name, variant)] for variant in case.variants}
+        if found[ADAPTER]:
+            lines.append(_row(case, found))
             notes += [f"- **{name}**: {remark}." for remark in _remarks(case, found)]
-    environment = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, "
-    environment += f"transformers {version('transformers')}, onegpu {version('onegpu')} at {_commit()}"
-    return "\n".join([*lines, "", "## Notes", "", *notes, "", f"Machine: {environment}.", ""])
+    runs = Counter(result.environment for result in results)
+    machines = [f"- {number} run{'s' if number > 1 else ''}: {environment}." for environment, number in runs.items()]
+    return "\n".join([*lines, "", "## Notes", "", *notes, "", "## Runs", "", *machines, ""])
 
 
-def _row(name: str, case: Case, found: Mapping[str, Sequence[Result]]) -> str:
-    first = found[ADAPTER][0]
-    stack = " + ".join(record["adapter"] for record in first.manifest["adapters"])
+def _row(case: Case, found: Mapping[str, Sequence[Result]]) -> str:
+    ours = found[ADAPTER]
+    first = ours[0]
     cells = [
-        name,
+        first.case,
         f"`{case.recipe}`",
-        stack,
+        first.stack,
         f"{first.rows:,}",
         f"{first.share:.1%}",
         f"{first.size / 1e6:.1f} MB",
         case.metric,
-        f"{statistics.mean(r.before for r in found[ADAPTER]):.3f}",
+        f"{statistics.mean(r.before for r in ours):.3f}",
         *(_spread(found.get(variant)) for variant in (ADAPTER, PROBE, FOUR_BITS, FULL)),
     ]
     return f"| {' | '.join(cells)} |"
@@ -219,18 +264,14 @@ def _remarks(case: Case, found: Mapping[str, Sequence[Result]]) -> Iterator[str]
         gaps = [result.after - ours[result.seed] for result in found.get(other, ()) if result.seed in ours]
         if gaps:
             gap, seeds = statistics.mean(gaps), f"{len(gaps)} seed{'s' if len(gaps) > 1 else ''}"
-            yield f"{what} is {abs(gap):.3f} {'above' if gap > 0 else 'below'} the adapter ({seeds} of both)"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+            missed = f", which misses {NEAR} by {gap - NEAR:.3f}" if case.share and other == FULL and gap > NEAR else ""
+            yield f"{what} is {abs(gap):.3f} {'above' if gap > 0 else 'below'} the adapter{missed} ({seeds} of both)"
 
 
 HEAD = """# Results
 
-What each packaged recipe comes to on rows that it held out, written by `python benchmarks/tasks.py table RUNS
-docs/results.md` from the run folders of `{command}`. No figure was typed.
+What each packaged recipe comes to on rows that it held out, written by `python benchmarks/tasks.py table
+docs/results.md` from the run folders of `python benchmarks/tasks.py run RUNS`. No figure was typed.
 
 - **share**: trained parameters, heads included, of the base's. **size**: the adapter folder.
 - **before**: the base, with a fresh head where the task has one. **adapter**: after training, the mean of the seeds
@@ -253,14 +294,15 @@ def main() -> None:
     train.add_argument("--only", nargs="*", default=[])
     train.add_argument("--variants", nargs="*", default=[])
     train.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    page = commands.add_parser("table")
-    page.add_argument("runs", type=Path)
-    page.add_argument("out", type=Path)
+    commands.add_parser("keep").add_argument("runs", type=Path)
+    commands.add_parser("table").add_argument("out", type=Path)
     chosen = parser.parse_args()
     if chosen.command == "run":
         run_all(chosen.runs, chosen.only, chosen.variants, chosen.seeds)
+    elif chosen.command == "keep":
+        keep(chosen.runs)
     else:
-        chosen.out.write_text(table(chosen.runs), "utf-8")
+        chosen.out.write_text(table(), "utf-8")
 
 
 if __name__ == "__main__":
