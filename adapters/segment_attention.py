@@ -6,10 +6,11 @@ columns).
 
 It goes tile by tile: some segments of like length, some rows of each, and the columns that those see. So there is
 little padding, nothing behind a token is multiplied, and memory grows with the tokens, not with their square. Kept for
-the backward pass is what came in; the weights of a tile are computed again. It is an operator of its own: a compiler
-would gather and mask element by element.
+the backward pass is what came in, and of short segments the weights; those of long ones are computed again. It is an
+operator of its own: a compiler would gather and mask element by element.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,14 +20,19 @@ from torch.nn import functional as F
 
 from .drawn_masks import SHARES, kept
 
-__all__ = ["apart", "attend_in_tiles", "tiles_of", "together"]
+__all__ = ["apart", "attend_in_tiles", "kept_of", "tiles_of", "together"]
 
 LARGEST = 2**18  # weights of a tile, of one head
 SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
+KEPT = 128  # weights of a head and token that are kept at most: twice what a query takes
 
 
-def tiles_of(lengths: Sequence[int], first: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
-    """Tiles of segments: (segment, end of segments, row, end of rows, end of columns).
+Tile = tuple[int, int, int, int, int]
+"""(segment, end of segments, row, end of rows, end of columns)."""
+
+
+def tiles_of(lengths: Sequence[int], first: Sequence[int]) -> list[Tile]:
+    """Tiles of segments.
 
     Args:
         lengths: tokens of each segment.
@@ -41,6 +47,12 @@ def tiles_of(lengths: Sequence[int], first: Sequence[int]) -> list[tuple[int, in
             end = min(row + step, rows)
             tiles.append((start, stop, row, end, min(before + end, columns)))
     return tiles
+
+
+def kept_of(tiles: Sequence[Tile], tokens: int) -> int:
+    """How many weights of a head are kept for the backward pass: all of them, or none."""
+    weights = sum((stop - start) * (end - row) * columns for start, stop, row, end, columns in tiles)
+    return weights if weights <= KEPT * tokens else 0
 
 
 def _alike(lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -67,30 +79,55 @@ def attend_in_tiles(
     shared: Tensor,  # (shared,)
     readers: Tensor,  # (shared, others)
     tiles: Tensor,  # (tiles, 5)
+    room: Tensor,  # (kept, 0)
     seen: Tensor | None,
     seed: Tensor | None,
     scaling: float,
     dropped: int,
-) -> Tensor:  # (tokens, heads, size)
-    """The softmax is computed in float32 and rounded once. `dropped` of 65,536 weights are dropped, as `seed` says."""
+) -> tuple[Tensor, Tensor]:  # (tokens, heads, size); (heads · kept,)
+    """The softmax is computed in float32 and rounded once. `dropped` of 65,536 weights are dropped, as `seed` says.
+
+    The second result are the weights, tile by tile, for the backward pass.
+    """
     layout = _Layout.of(query, key, value, queries, keys, places, seen)
-    out = query.new_empty(query.shape[1] * len(query) + 1, query.shape[2])  # the last for what is padding
+    out = query.new_empty(*layout.token.shape, query.shape[2])
+    kept_weights, at = _kept(query, room), 0
     for number, tile in enumerate(tiles.tolist()):
-        weights, _, _, v = layout.weights(tile, scaling)
-        found = _dropped(weights, seed, number, dropped) @ v
-        out.index_copy_(0, layout.outputs(tile), found.flatten(0, 1))
-    return out[:-1].view(query.shape[1], len(query), -1).clone()
+        q, k, v = layout.gathered(tile)
+        weights = layout.weights(tile, q, k, scaling)
+        if len(room):
+            kept_weights[at : (at := at + weights.numel())] = weights.view(-1)
+        layout.put(out, tile, _dropped(weights, seed, number, dropped) @ v)
+    return layout.tokens_of(out), kept_weights
+
+
+def _kept(query: Tensor, room: Tensor) -> Tensor:
+    return query.new_empty(len(query) * len(room))
 
 
 @attend_in_tiles.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    places: Tensor,
+    key_places: Tensor,
+    shared: Tensor,
+    readers: Tensor,
+    tiles: Tensor,
+    room: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
     heads, tokens, size = query.shape
-    return query.new_empty(tokens, heads, size)
+    return query.new_empty(tokens, heads, size), _kept(query, room)
 
 
 @torch.library.custom_op("onegpu::segment_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,  # (tokens, heads, size)
+    kept_weights: Tensor,  # (heads · kept,)
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -108,42 +145,52 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     layout = _Layout.of(query, key, value, queries, keys, places, seen)
-    g_out = F.pad(grad.reshape(-1, grad.shape[-1]), (0, 0, 0, 1))  # none of what is padding
-    gq = query.new_empty(query.shape[1] * len(query) + 1, query.shape[2])
+    g_out = F.pad(grad.transpose(0, 1).reshape(-1, grad.shape[-1]), (0, 0, 0, 1))  # none of what is padding
+    gq = query.new_empty(*layout.token.shape, query.shape[2])
     exact = torch.promote_types(key.dtype, torch.float32)  # tiles add up in it
-    gk, gv = (torch.zeros(len(t), *keys.shape, t.shape[2], dtype=exact, device=t.device) for t in (key, value))
-    for number, tile in enumerate(tiles.tolist()):
-        weights, q, k, v = layout.weights(tile, scaling)
-        outputs = layout.outputs(tile)
-        g = g_out.index_select(0, outputs).view(*q.shape[:2], -1)
+    gk, gv = (torch.empty(len(t), *keys.shape, t.shape[2], dtype=exact, device=t.device) for t in (key, value))
+    written, at = len(queries), len(kept_weights)
+    for number, tile in reversed(list(enumerate(tiles.tolist()))):
+        q, k, v = layout.gathered(tile)
+        if at:
+            shape = (len(q), q.shape[1], k.shape[1])
+            weights = kept_weights[(at := at - math.prod(shape)) :][: math.prod(shape)].view(shape)
+        else:
+            weights = layout.weights(tile, q, k, scaling)
+        g = g_out.index_select(0, layout.rows(tile)).view(*q.shape[:2], -1)
         g_weights = _dropped(g @ v.mT, seed, number, dropped)
         g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype)
-        gq.index_copy_(0, outputs, _scaled(g_scores, k, scaling).flatten(0, 1))
+        layout.put(gq, tile, _scaled(g_scores, k, scaling))
+        # Of the tiles of some segments the one of the last rows sees all columns, and what the others find is added.
+        put = Tensor.copy_ if tile[0] < written else Tensor.add_
+        written = tile[0]
         some = (slice(None), slice(tile[0], tile[1]), slice(tile[4]))
-        gk[some] += _scaled(g_scores.mT, q, scaling).unflatten(0, (len(key), -1))
-        gv[some] += (_dropped(weights, seed, number, dropped).mT @ g).unflatten(0, (len(key), -1))
+        put(gk[some], _scaled(g_scores.mT, q, scaling).unflatten(0, (len(key), -1)))
+        put(gv[some], (_dropped(weights, seed, number, dropped).mT @ g).unflatten(0, (len(key), -1)))
     own = (keys, key_places, shared, readers)
-    row = gq[:-1].view(query.shape[1], len(query), -1).transpose(0, 1).contiguous()
+    row = layout.tokens_of(gq).transpose(0, 1).contiguous()
     return row, together(gk.to(key.dtype), *own), together(gv.to(key.dtype), *own)
 
 
 @_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(grad: Tensor, kept_weights: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scaling, ctx.dropped = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _, seen, seed, ctx.scaling, ctx.dropped = inputs
+    ctx.save_for_backward(output[1], *tensors, seen, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # nor zeros as large as the weights made for them
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.dropped), *[None] * 11)
+def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 15
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.dropped), *[None] * 12)
 
 
 attend_in_tiles.register_autograd(_gradients, setup_context=_keep)
-
-Tile = tuple[int, int, int, int, int]
 
 
 class _Layout(NamedTuple):
@@ -152,60 +199,64 @@ class _Layout(NamedTuple):
     query: Tensor  # (heads · tokens, size)
     key: Tensor  # (groups · tokens, size)
     value: Tensor
-    token: Tensor  # (segments, rows): the token of each query, `tokens` where there is padding
-    keys: Tensor  # (segments, columns)
-    seen: Tensor | None
-    groups: int
-    each: int
+    token: Tensor  # (groups, segments, each, rows): the row of `query` there, one behind the last where padding is
+    behind: Tensor  # (groups, segments, columns): the row of `key` and `value` there
+    place: Tensor  # (tokens, heads): where in `token`, flattened, each is
+    hidden: Tensor  # (segments or 1, 1, rows, columns): 0 where a key is seen, and the smallest number elsewhere
 
     @classmethod
     def of(
         cls, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, places: Tensor, seen: Any
     ) -> "_Layout":
-        tokens = query.shape[1]
-        token = torch.full_like(queries, tokens)
-        token.view(-1)[places] = torch.arange(tokens, device=token.device)
+        (heads, tokens, _), groups, (segments, rows) = query.shape, len(key), queries.shape
+        each, numbers = heads // groups, torch.arange(max(tokens, heads, keys.shape[1]), device=keys.device)
+        head = numbers[:heads].view(groups, 1, each, 1)
+        place = (head // each * segments * each + head % each) * rows  # of a head, at the first token of a segment
+        place = place.view(heads) + (places // rows * each * rows + places % rows)[:, None]
+        token = torch.full((groups, segments, each, rows), heads * tokens, device=keys.device)
+        token.view(-1)[place.T] = numbers[:heads, None] * tokens + numbers[:tokens]
+        behind = keys + numbers[:groups, None, None] * tokens
+        if seen is None:  # what stands before it in its segment
+            seen = (numbers[: keys.shape[1]] <= numbers[:rows, None])[None, None]
+        hidden = torch.zeros(seen.shape, dtype=query.dtype, device=keys.device)
+        hidden.masked_fill_(~seen, torch.finfo(query.dtype).min)
         q, k, v = (t.reshape(-1, t.shape[-1]) for t in (query, key, value))
-        return cls(q, k, v, token, keys, seen, len(key), len(query) // len(key))
+        return cls(q, k, v, token, behind, place, hidden)
 
-    def weights(self, tile: Tile, scaling: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights (n, each · rows, columns), query (n, each · rows, size), key and value (n, columns, size).
-
-        n is groups · segments.
-        """
+    def gathered(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (n, each · rows, size), key and value (n, columns, size); n is groups · segments."""
         start, stop, row, end, columns = tile
-        tokens = len(self.key) // self.groups
-        here = self.token[start:stop, row:end].clamp(max=tokens - 1)
-        q = self.query.index_select(0, self._heads(here, tokens).flatten())
-        q = q.view(self.groups * (stop - start), self.each * (end - row), -1)
-        behind = self.keys[start:stop, :columns] + self._numbers(self.groups, tokens)[:, None, None]
-        k, v = (t.index_select(0, behind.flatten()).view(len(q), columns, -1) for t in (self.key, self.value))
+        groups, _, each, _ = self.token.shape
+        n = groups * (stop - start)
+        q = self.query.index_select(0, self.rows(tile).clamp(max=len(self.query) - 1)).view(n, each * (end - row), -1)
+        behind = self.behind[:, start:stop, :columns].flatten()
+        k, v = (t.index_select(0, behind).view(n, columns, -1) for t in (self.key, self.value))
+        return q, k, v
+
+    def weights(self, tile: Tile, q: Tensor, k: Tensor, scaling: float) -> Tensor:  # (n, each · rows, columns)
+        """Those of a tile, each row adding up to 1."""
+        start, stop, row, end, columns = tile
+        groups, _, each, _ = self.token.shape
         scores = _scaled(q, k.mT, scaling)
-        by_head = scores.view(self.groups, stop - start, self.each, end - row, columns)
-        by_head.masked_fill_(~self._visible(tile), torch.finfo(scores.dtype).min)
-        return scores.softmax(-1), q, k, v
+        hidden = self.hidden[slice(start, stop) if len(self.hidden) > 1 else slice(None), :, row:end, :columns]
+        scores.view(groups, stop - start, each, end - row, columns).add_(hidden)
+        return scores.softmax(-1)
 
-    def outputs(self, tile: Tile) -> Tensor:  # (n · each · rows,)
-        """Numbers of rows in (tokens · heads, size); the one behind the last where there is padding."""
+    def rows(self, tile: Tile) -> Tensor:  # (n · each · rows,)
+        """The rows of `query` in a tile, one behind the last where there is padding."""
         start, stop, row, end, _ = tile
-        heads = self.groups * self.each
-        found = self._heads(self.token[start:stop, row:end] * heads, 1)
-        return found.clamp_(max=len(self.query)).flatten()
+        return self.token[:, start:stop, :, row:end].flatten()
 
-    def _heads(self, index: Tensor, stride: int) -> Tensor:  # (groups, segments, each, rows)
-        """An index of one head, (segments, rows), as that of all of them, which are `stride` apart."""
-        heads = self._numbers(self.groups * self.each, stride).view(self.groups, 1, self.each, 1)
-        return heads + index[:, None]
+    def put(self, out: Tensor, tile: Tile, found: Tensor) -> None:
+        """Put what was found for a tile, (n, each · rows, size), into (groups, segments, each, rows, size)."""
+        start, stop, row, end, _ = tile
+        part = out[:, start:stop, :, row:end]
+        part.copy_(found.view(part.shape))
 
-    def _numbers(self, count: int, stride: int) -> Tensor:
-        return torch.arange(count, device=self.keys.device) * stride
-
-    def _visible(self, tile: Tile) -> Tensor:  # (segments or 1, 1, rows, columns)
-        start, stop, row, end, columns = tile
-        if self.seen is not None:
-            return self.seen[start:stop, :, row:end, :columns]
-        place = self._numbers(columns, 1)
-        return (place <= place[row:end, None])[None, None]
+    def tokens_of(self, out: Tensor) -> Tensor:  # (tokens, heads, size)
+        """What was put into (groups, segments, each, rows, size), by token."""
+        size = out.shape[-1]
+        return out.view(-1, size).index_select(0, self.place.flatten()).view(*self.place.shape, size)
 
 
 def _scaled(one: Tensor, other: Tensor, scaling: float) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .drawn_masks import seed, share
-from .segment_attention import apart, attend_in_tiles, tiles_of, together
+from .segment_attention import apart, attend_in_tiles, kept_of, tiles_of, together
 
 __all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
 
@@ -41,6 +41,7 @@ class Segments(NamedTuple):
     shared: Tensor  # (shared,): tokens that other segments see, too
     readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
     tiles: Tensor  # (tiles, 5): segment_attention.py
+    room: Tensor  # (weights of a head, 0): says how many are kept for the backward pass, and holds nothing itself
     seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
 
 
@@ -65,6 +66,7 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
             readers.setdefault(token, []).append(i * columns + place)
     most = max(map(len, readers.values()), default=0)
     nowhere = len(lengths) * columns
+    tiles = tiles_of(lengths, first)
     return Segments(
         torch.tensor(queries),
         torch.tensor(keys),
@@ -72,7 +74,8 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         torch.tensor([i * columns + first[i] + j for i, n in enumerate(lengths) for j in range(n)]),
         torch.tensor(list(readers), dtype=torch.long),
         torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
-        torch.tensor(tiles_of(lengths, first)),
+        torch.tensor(tiles),
+        torch.empty(kept_of(tiles, sum(lengths)), 0),
         _seen(first, rows, columns) if any(first) else None,
     )
 
@@ -209,7 +212,7 @@ def _plain(
         raise ValueError("it changes attention scores in a way of its own")
     dropout = dropout if module.training else 0.0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found: Tensor = attend_in_tiles(query, key, value, *s, seed(dropout), scaling, share(dropout))
+    found: Tensor = attend_in_tiles(query, key, value, *s, seed(dropout), scaling, share(dropout))[0]
     return found
 
 

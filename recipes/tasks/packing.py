@@ -128,6 +128,7 @@ def packed_batch(sequences: Sequence[Example], groups: Sequence[Sequence[int]], 
     parts = _parts(sequences, groups)
     if fill is not None and (short := -sum(len(part.ids) for part in parts) % MULTIPLE):
         parts.append(Part([fill] * short, [IGNORED] * short))
+    parts = _by_length(parts)
     places = segments_of([len(part.ids) for part in parts], [part.before for part in parts])._asdict()
     return {
         "input_ids": torch.tensor([[token for part in parts for token in part.ids]]),
@@ -155,6 +156,17 @@ def _parts(sequences: Sequence[Example], groups: Sequence[Sequence[int]]) -> lis
                 rest = sequences[number]
                 parts.append(Part(rest.ids[start:], rest.labels[start:], start, before, number))
     return parts
+
+
+def _by_length(parts: Sequence[Part]) -> list[Part]:
+    """Parts of like length beside one another, for which attention needs little padding; beginnings still first."""
+    depths: list[int] = []
+    for part in parts:
+        depths.append(0 if part.before is None else depths[part.before] + 1)
+    order = sorted(range(len(parts)), key=lambda number: (depths[number], len(parts[number].ids)))
+    places = {number: place for place, number in enumerate(order)}
+    before = [None if part.before is None else places[part.before] for part in parts]
+    return [parts[number]._replace(before=before[number]) for number in order]
 
 
 def _alike(sequences: Sequence[Example], numbers: Sequence[int], start: int) -> Iterable[list[int]]:

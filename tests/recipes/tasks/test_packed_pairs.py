@@ -95,9 +95,9 @@ def test_a_prompt_is_there_once_but_for_its_last_token() -> None:
     task, remark = _suited(_model(CONFIGS["llama"]))
     assert remark == "rows are packed, and what several begin with is read once"
     batch, apart = task.collate(PAIRS[:2], PAD), PLAIN.collate(PAIRS[:2], PAD)
-    expected = [*range(1, 11), 33, 34, 35, 36, 37, 33, 38, 11, 28, 29, 11, 30, 31, 32, *[PAD] * 8]
+    expected = [33, 38, 33, 34, 35, 36, 37, *[PAD] * 8, *range(1, 11), 11, 28, 29, 11, 30, 31, 32]  # short ones first
     assert batch["input_ids"].tolist() == [expected]
-    assert batch["sequences"].tolist() == [[-1] * 10 + [1] * 5 + [3] * 2 + [0] * 3 + [2] * 4 + [-1] * 8]
+    assert batch["sequences"].tolist() == [[3] * 2 + [1] * 5 + [-1] * 18 + [0] * 3 + [2] * 4]
     assert supervised_tokens(batch).tolist() == [2, 4, 3, 1] == supervised_tokens(apart).tolist()
 
 

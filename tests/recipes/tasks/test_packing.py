@@ -173,9 +173,9 @@ def test_beginnings_form_a_tree() -> None:
         _example([*START, *middle, 4, 5], [23]),
     ]
     batch = packed_batch(examples, [range(3)])
-    assert batch["input_ids"].tolist() == [[*START, *middle, 30, 31, 32, 1, 2, 3, 4, 5]]
-    assert batch["position_ids"].tolist() == [[*range(22), 12, 13, 14, 22, 23, 24, 22, 23]]
-    assert batch["sequences"].tolist() == [[-1] * 22 + [1] * 3 + [0] * 3 + [2] * 2]
+    assert batch["input_ids"].tolist() == [[*START, 30, 31, 32, *middle, 4, 5, 1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[*range(15), *range(12, 22), 22, 23, 22, 23, 24]]
+    assert batch["sequences"].tolist() == [[-1] * 12 + [1] * 3 + [-1] * 10 + [2] * 2 + [0] * 3]
     assert batch["supervised"].tolist() == [1, 1, 1]
     model = _model(CONFIGS["llama"])
     trainable = _lora(model)
