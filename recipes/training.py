@@ -29,6 +29,7 @@ from .compiling import Compilation
 from .data.batches import Plan
 from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
+from .optimisers import lay_alike
 from .proofs import Untrained, explain_cut, explain_non_finite, first_bad_gradient, frozen_base
 from .runfolder import RunFolder
 from .schema import Train
@@ -125,6 +126,7 @@ def train(s: Session) -> str:
             loss, weight = _accumulate(s, window, trainable)
             for attachment in s.stack.attachments:
                 attachment.after_backward(s.step)
+            lay_alike(trainable.values())
             norm = _clip(s, trainable)
             rates = [float(rate) for rate in s.schedule.get_last_lr()]
             proof.before_step(max(rates) if math.isfinite(norm) else 0.0)  # fp16 passes over a step that overflowed

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from onegpu.adapters import Rate, RecipeError, Stack, attach, load_base
 from onegpu.recipes import Loaded, Outcome, Train, run as run_loudly
-from onegpu.recipes.optimisers import groups_of, make_optimizer, make_schedule, unreached_peak, warmup_steps
+from onegpu.recipes.optimisers import groups_of, lay_alike, make_optimizer, make_schedule, unreached_peak, warmup_steps
 from onegpu.recipes.schema import Schedule
 
 DECAY = 0.5
@@ -152,6 +152,21 @@ def test_weight_decay_shrinks_what_has_no_gradient_by_its_own_rate(name: Any) ->
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert torch.allclose(parameter, torch.full((8, 8), 2.0 * (1 - 0.25 * 0.2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", ["gradient", "parameter"])
+def test_a_fused_step_pairs_what_belongs_together(transposed: str) -> None:
+    """However gradient and parameter lie in memory, as by the formula of Adam's first step."""
+    values, gradient = torch.randn(4, 3), torch.randn(3, 4).t()
+    parameter = nn.Parameter(values.t().contiguous().t() if transposed == "parameter" else values.clone())
+    parameter.grad = gradient if transposed == "gradient" else gradient.contiguous()
+    assert parameter.grad.stride() != parameter.stride()
+    optimizer = make_optimizer(
+        Train(learning_rate=0.1), groups_of({"a": parameter}, {"a": Rate(weight_decay=0.0)}), {"a": parameter}
+    )
+    lay_alike([parameter])
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), values - 0.1 * gradient.sign(), rtol=1e-5, atol=1e-5)
 
 
 def test_small_tensors_keep_their_state_in_32_bits() -> None:
