@@ -79,7 +79,7 @@ def attend_in_tiles(
     shared: Tensor,  # (shared,)
     readers: Tensor,  # (shared, others)
     tiles: Tensor,  # (tiles, 5)
-    room: Tensor,  # (kept, 0)
+    room: Tensor,  # (kept,)
     seen: Tensor | None,
     seed: Tensor | None,
     scaling: float,
@@ -102,7 +102,7 @@ def attend_in_tiles(
 
 
 def _kept(query: Tensor, room: Tensor) -> Tensor:
-    return query.new_empty(len(query) * len(room))
+    return query.new_empty(query.shape[0] * room.shape[0])  # not `len`, which a compiler would take for a constant
 
 
 @attend_in_tiles.register_fake

@@ -41,7 +41,7 @@ class Segments(NamedTuple):
     shared: Tensor  # (shared,): tokens that other segments see, too
     readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
     tiles: Tensor  # (tiles, 5): segment_attention.py
-    room: Tensor  # (weights of a head, 0): says how many are kept for the backward pass, and holds nothing itself
+    room: Tensor  # (weights of a head that are kept for the backward pass,): its length is all that it says
     seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
 
 
@@ -75,7 +75,7 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         torch.tensor(list(readers), dtype=torch.long),
         torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
         torch.tensor(tiles),
-        torch.empty(kept_of(tiles, sum(lengths)), 0),
+        torch.zeros(kept_of(tiles, sum(lengths)), dtype=torch.bool),
         _seen(first, rows, columns) if any(first) else None,
     )
 

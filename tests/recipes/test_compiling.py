@@ -73,7 +73,10 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
-def test_only_steps_run_compiled(chat_recipe: Recipe, run: Run, backend: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # torch's attention, and ours in plain products
+def test_only_steps_run_compiled_once_for_all_lengths(
+    precision: str, chat_recipe: Recipe, run: Run, backend: Callable[[Any], None]
+) -> None:
     modes: list[tuple[bool, bool]] = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -81,9 +84,9 @@ def test_only_steps_run_compiled(chat_recipe: Recipe, run: Run, backend: Callabl
         return graph.forward
 
     backend(compiler)
-    run(chat_recipe(train=SETTINGS | {"compile": True}), "compiled")
+    run(chat_recipe(train=SETTINGS | {"compile": True, "precision": precision}), "compiled")
     # The first layer, whose input has no gradient, and the others; each for rows with and without a common beginning.
-    assert 2 <= len(modes) <= 8
+    assert 2 <= len(modes) <= 6  # and at 8, torch would stop compiling
     assert {gradients for gradients, _ in modes} == {True}
     assert all(any_length for _, any_length in modes)
 
