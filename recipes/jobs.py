@@ -231,7 +231,7 @@ def _fit(
     usable = skeleton or any_skeleton(place, revision)  # of a base of another kind, too, the targets can be checked
     if usable is None:  # nothing more can be told of a base that cannot be read
         raise together(found)
-    checkpointing = settings.gradient_checkpointing
+    checkpointing = settings.gradient_checkpointing is not None
     with noted(found):
         options = settled(
             usable,

@@ -28,6 +28,7 @@ from .jobs import Job, preflight
 from .loading import Loaded
 from .optimisers import Group, groups_of, make_optimizer, make_schedule, unreached_peak
 from .proofs import Probe, round_trip
+from .recomputing import recompute
 from .resident_proof import ResidentProof
 from .resuming import go_on
 from .runfolder import RunFolder
@@ -164,8 +165,7 @@ def _session(
     if job.loaded.recipe.adapter is not None:
         with job.loaded.place("adapter"):
             _continue_from(job, stack, job.loaded.recipe.adapter)
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    not_offloaded = recompute(model, settings.gradient_checkpointing)
     trainable = stack.trainable()
     groups = groups_of(trainable, stack.rates(settings.weight_decay))
     optimizer = make_optimizer(settings, groups, trainable)
@@ -205,7 +205,7 @@ def _session(
     if settings.compile:
         session.compilation = _compiled(session)
         facts["compiled"] = session.compilation.on
-    for text in (remark, session.compilation.line(), unreached_peak(settings, job.steps)):
+    for text in (remark, not_offloaded, session.compilation.line(), unreached_peak(settings, job.steps)):
         if text:
             display.line("note", text)
     if resuming is not None:

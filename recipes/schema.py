@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from onegpu.adapters.device import Precision
 
-__all__ = ["HIGHEST_RATE", "Best", "Recipe", "Train"]
+__all__ = ["HIGHEST_RATE", "Best", "Checkpointing", "Recipe", "Train"]
 
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
@@ -32,6 +32,21 @@ class Best(_Strict):
 
     min_delta: float = Field(default=0.0, ge=0)
     """By how much a score has to be better to count."""
+
+
+class Checkpointing(_Strict):
+    """Which layers compute their activations again in the backward pass, and where the input of a layer waits."""
+
+    every: Count = 1
+    """Each so many layers one: 2 for every other, which costs half of the time and saves half of the memory."""
+
+    offload: bool = False
+    """Keep what a recomputed layer starts from in the memory of the host; on a CPU it is there already."""
+
+
+def _switched(given: Any) -> Any:
+    """True and false stand for all layers and for none."""
+    return (Checkpointing() if given else None) if isinstance(given, bool) else given
 
 
 class Train(_Strict):
@@ -73,8 +88,8 @@ class Train(_Strict):
     precision: Precision = "auto"
     """What the frozen base is held and computed in; trained tensors are float32 always."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Annotated[Checkpointing | None, BeforeValidator(_switched)] = None
+    """Recompute activations in the backward pass, true or of some layers: less memory, up to a third more time."""
 
     compile: bool = False
     """Compile the layers that the model repeats, once (torch.compile): faster steps, after a minute at the start."""

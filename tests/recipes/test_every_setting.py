@@ -17,7 +17,7 @@ from onegpu.adapters.bridge.injected import Bridged
 from onegpu.adapters.registry import ADAPTERS
 from onegpu.recipes import Loaded, Outcome, Train, parse_recipe
 from onegpu.recipes.display import Display
-from onegpu.recipes.schema import Best, Recipe
+from onegpu.recipes.schema import Best, Checkpointing, Recipe
 from onegpu.recipes.tasks.chat import Chat
 
 Make = Callable[..., Loaded]
@@ -139,12 +139,19 @@ WITHIN_BEST: dict[str, tuple[dict[str, Any], Any, str]] = {
 }
 
 
+WITHIN_CHECKPOINTING: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "every": ({}, 2, "layers"),
+    "offload": ({}, True, "told"),  # elsewhere than on a CPU: test_recomputing.py
+}
+
+
 SEEN: dict[str, dict[str, Any]] = {}  # many are compared with one and the same run
 
 
 def test_the_tables_hold_every_setting() -> None:
     assert CHANGES.keys() == Train.model_fields.keys()
     assert WITHIN_BEST.keys() == Best.model_fields.keys()
+    assert WITHIN_CHECKPOINTING.keys() == Checkpointing.model_fields.keys()
 
 
 @pytest.fixture
@@ -191,7 +198,9 @@ def observed(
         patch.setattr(Chat, "objective", counting("passes", objective))
         patch.setattr(LlamaMLP, "forward", counting("layers", forward))
         patch.setattr(torch.nn.Module, "compile", lambda self, **_: counted.update(compiled=counted["compiled"] + 1))
-        patch.setattr(Display, "line", lambda self, label, text: label == "best" and counted["told"].append(text))
+        patch.setattr(
+            Display, "line", lambda self, label, text: label in ("best", "note") and counted["told"].append(text)
+        )
         yield go
 
 
@@ -213,6 +222,16 @@ def test_two_recipes_that_differ_in_what_is_best_do_and_say_different_things(
     # Far too fast, so that the last evaluation is not the best one.
     fast = {"evaluate_every": 1, "learning_rate": 20.0, "clip": None, "schedule": "constant"}
     one, other = (observed(**fast, best=base | changed) for changed in ({}, {name: value}))
+    assert one["manifest"] != other["manifest"]
+    assert one[what] != other[what], what
+
+
+@pytest.mark.parametrize("name", WITHIN_CHECKPOINTING)
+def test_two_recipes_that_recompute_differently_do_and_say_different_things(
+    name: str, observed: Callable[..., dict[str, Any]]
+) -> None:
+    base, value, what = WITHIN_CHECKPOINTING[name]
+    one, other = (observed(gradient_checkpointing=base | changed) for changed in ({"every": 1}, {name: value}))
     assert one["manifest"] != other["manifest"]
     assert one[what] != other[what], what
 

@@ -229,7 +229,7 @@ def test_a_gradient_is_clipped_to_its_largest_norm(chat_recipe: Recipe, updates:
 
 def test_gradient_checkpointing_changes_no_gradient(chat_recipe: Recipe, updates: Updates) -> None:
     settings = {"steps": 1, "effective_batch": 10}
-    variants = [settings | {"gradient_checkpointing": on} for on in (False, True)]
+    variants = [settings | {"gradient_checkpointing": on} for on in (False, True, {"every": 2}, {"offload": True})]
     _assert_all_the_same(updates(chat_recipe, ["nf4", LORA, PREFIX], variants))
 
 
