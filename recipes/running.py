@@ -94,7 +94,7 @@ def run(
     try:
         if accelerator.is_main_process:
             folder.lock()
-        outcome = _train_and_prove(job, folder, accelerator, display, resuming if resume else None)
+        outcome = _train_and_prove(job, folder, accelerator, display, resuming if resume else None, began)
     except StorageError as cause:
         hint = "; what was saved before is as it was: go on with --resume" if folder.recipe.is_file() else ""
         raise StorageError(f"{cause}{hint}") from cause
@@ -105,7 +105,7 @@ def run(
 
 
 def _train_and_prove(
-    job: Job, folder: RunFolder, accelerator: Accelerator, display: Display, resuming: Resuming | None
+    job: Job, folder: RunFolder, accelerator: Accelerator, display: Display, resuming: Resuming | None, began: float
 ) -> Outcome:
     model = job.load_base()
     _describe_base(model, display)
@@ -118,6 +118,7 @@ def _train_and_prove(
         folder.open(job.loaded.as_yaml(), resume=resuming is not None, accept_changes=accept)
         folder.rewind(session.step, len(session.scores))
     accelerator.wait_for_everyone()
+    display.line("ready", f"after {time.perf_counter() - began:.1f} s")
     session.verdict = train(session)
     display.line("trained", session.verdict)
     keep_best(session)
