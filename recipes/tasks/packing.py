@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from onegpu.adapters.segments import cannot_pack, packed_attention, segments_of
 
+from .chunks import CHUNK
 from .contract import IGNORED, SEGMENTS, Batch, Example, attention_mask, model_inputs, padded
 from .conversations import common_length
 from .tokens import TokenTask
@@ -26,7 +27,7 @@ __all__ = ["PackedTask", "packed_batch", "token_batch"]
 
 LEAST_SHARED = 8  # tokens with which sequences must begin to be worth a segment of their own
 MULTIPLE = 32  # of tokens in a row
-TRIED = 64  # tokens of an example that a trial takes
+TRIED = 64  # tokens of an example that a trial takes; fewer where the logits of both sequences would be above a chunk
 ROUNDING = 16  # units in the last place by which logits may differ between two ways of computing them
 
 
@@ -62,7 +63,7 @@ class PackedTask(TokenTask):
         if not self.packing or not self.packable():
             return task, remark
         reason = cannot_pack(model, longest) if packing else "an adapter or a teacher would mix what is in a row"
-        shares, reason = (False, reason) if reason else Trial.of(example).of_model(model, pad)
+        shares, reason = (False, reason) if reason else Trial.of(example, _tried(model)).of_model(model, pad)
         if reason:
             return task, _together(f"rows are padded to one length, not packed: {reason}", remark)
         once = any(len(group) > 1 for group in self.groups(2, shares))
@@ -203,8 +204,8 @@ class Trial(NamedTuple):
     other: Example
 
     @classmethod
-    def of(cls, example: Example) -> Self:
-        ids = list(example.ids[:TRIED])
+    def of(cls, example: Example, tokens: int) -> Self:
+        ids = list(example.ids[:tokens])
         half = len(ids) // 2
         return cls(_unlabelled(ids), _unlabelled([*ids[:half], *reversed(ids[half:]), *ids[:1]]))
 
@@ -260,6 +261,12 @@ class Trial(NamedTuple):
         length = length if length >= LEAST_SHARED else 0
         size = self.first.size
         return found[:size], torch.cat([found[:length], found[size:]])
+
+
+def _tried(model: nn.Module) -> int:
+    """How many tokens a trial on this model takes; enough to have a beginning that can be shared."""
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", None) or 1)
+    return max(2 * LEAST_SHARED, min(TRIED, CHUNK // (2 * vocabulary)))
 
 
 def _unlabelled(ids: Sequence[int]) -> Example:
