@@ -202,7 +202,7 @@ class _Layout(NamedTuple):
     token: Tensor  # (groups, segments, each, rows): the row of `query` there, one behind the last where padding is
     behind: Tensor  # (groups, segments, columns): the row of `key` and `value` there
     place: Tensor  # (tokens, heads): where in `token`, flattened, each is
-    hidden: Tensor  # (segments or 1, 1, rows, columns): 0 where a key is seen, and the smallest number elsewhere
+    seen: Tensor  # (segments or 1, 1, rows, columns)
 
     @classmethod
     def of(
@@ -218,10 +218,8 @@ class _Layout(NamedTuple):
         behind = keys + numbers[:groups, None, None] * tokens
         if seen is None:  # what stands before it in its segment
             seen = (numbers[: keys.shape[1]] <= numbers[:rows, None])[None, None]
-        hidden = torch.zeros(seen.shape, dtype=query.dtype, device=keys.device)
-        hidden.masked_fill_(~seen, torch.finfo(query.dtype).min)
         q, k, v = (t.reshape(-1, t.shape[-1]) for t in (query, key, value))
-        return cls(q, k, v, token, behind, place, hidden)
+        return cls(q, k, v, token, behind, place, seen)
 
     def gathered(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Query (n, each · rows, size), key and value (n, columns, size); n is groups · segments."""
@@ -238,7 +236,9 @@ class _Layout(NamedTuple):
         start, stop, row, end, columns = tile
         groups, _, each, _ = self.token.shape
         scores = _scaled(q, k.mT, scaling)
-        hidden = self.hidden[slice(start, stop) if len(self.hidden) > 1 else slice(None), :, row:end, :columns]
+        seen = self.seen[slice(start, stop) if len(self.seen) > 1 else slice(None), :, row:end, :columns]
+        # Of all heads at once: a mask of one is filled, and its sum with the scores takes less than a fill of them all.
+        hidden = scores.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(scores.dtype).min)
         scores.view(groups, stop - start, each, end - row, columns).add_(hidden)
         return scores.softmax(-1)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 KEPT = Path(__file__).parent / "results/tasks.jsonl"
-COMMIT = "commit"  # in a run folder: what it was trained with
+ENVIRONMENT = "environment"  # in a run folder: what it was trained with
 ADAPTER, FULL, PROBE, FOUR_BITS = "adapter", "full", "probe", "nf4"
 NEAR = 0.015  # of `full`, where an adapter is said to be as good
 # Measured before and after only, on rows that nothing is chosen by.
@@ -90,14 +90,15 @@ CASES = {
         "reference any more",
     ),
     "rewarded answers": Case("reward-answers", "accuracy", {ADAPTER: []}),
-    "translation": Case("translate-interface", "chrf", {ADAPTER: [], FULL: _full(3e-4)}),
-    "translation by a chat model": Case("complete-translations", "chrf", {ADAPTER: [], FULL: _full(5e-5)}),
-    "news": Case("adapt-to-news", "perplexity", {ADAPTER: [], FULL: _full(3e-5)}, note="lower is better"),
+    "translation": Case("translate-interface", "chrf", {ADAPTER: [], FULL: _full(3e-4)}, share=False),
+    "translation by a chat model": Case("complete-translations", "chrf", {ADAPTER: [], FULL: _full(5e-5)}, share=False),
+    "news": Case("adapt-to-news", "perplexity", {ADAPTER: [], FULL: _full(3e-5)}, note="lower is better", share=False),
     "news, near the base": Case(
         "distil-topics",
         "perplexity",
         {ADAPTER: []},
         note="lower is better; trained in full, the base would be no teacher any more",
+        share=False,
     ),
 }
 
@@ -121,15 +122,16 @@ def _folder(name: str, variant: str, seed: int) -> str:
 
 def _train(folder: Path, case: Case, overrides: Sequence[str]) -> None:
     if (folder / "adapter/manifest.json").is_file():
-        return
+        return  # without a file `environment` it was cut off behind the end: delete it to have it again
     command = ["onegpu", "run", case.recipe, "-o", str(folder)]
     if folder.exists():
         command.append("--resume")
     for override in (*PLAIN, *case.common, *overrides):
         command += ["--set", override]
     print(f"== {folder}", flush=True)
+    environment = _environment()
     subprocess.run(command, check=True)
-    (folder / COMMIT).write_text(_commit(), "utf-8")
+    (folder / ENVIRONMENT).write_text(environment, "utf-8")
 
 
 # --- what runs came to ------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def kept() -> list[Result]:
 def _finished(runs: Path) -> Iterator[Result]:
     for name, case in CASES.items():
         for variant in case.variants:
-            for path in sorted((runs / _folder(name, variant, 0)).parent.glob(f"{variant}-*/{COMMIT}")):
+            for path in sorted((runs / _folder(name, variant, 0)).parent.glob(f"{variant}-*/{ENVIRONMENT}")):
                 yield read_result(path.parent, name, variant)
 
 
@@ -197,20 +199,16 @@ def read_result(folder: Path, name: str, variant: str) -> Result:
         rows=manifest["run"]["data"]["train_rows"],
         steps=max(line["step"] for line in lines),
         seconds=sum(line["seconds"] for line in lines if "seconds" in line),
-        environment=_environment((folder / COMMIT).read_text("utf-8")),
+        environment=(folder / ENVIRONMENT).read_text("utf-8"),
     )
 
 
-def _environment(commit: str) -> str:
+def _environment() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers "
-        f"{version('transformers')}, onegpu {version('onegpu')} at {commit}"
+        f"{version('transformers')}, onegpu {version('onegpu')} at {done.stdout.strip()}"
     )
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     order = _names_in_order(optimizer)
     for index, state in optimizer.state_dict()["state"].items():
-        visit(order[index], state)
+        if float(state.get(STEP, 1)):  # a fused optimiser begins a state at a step that overflowed and was passed over
+            visit(order[index], state)
     return tensors, values
 
 

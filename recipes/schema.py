@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from onegpu.adapters.device import Precision
 
@@ -46,7 +46,18 @@ class Checkpointing(_Strict):
 
 def _switched(given: Any) -> Any:
     """True and false stand for all layers and for none."""
-    return (Checkpointing() if given else None) if isinstance(given, bool) else given
+    if isinstance(given, bool):
+        return Checkpointing() if given else None
+    if given is not None and not isinstance(given, (dict, Checkpointing)):
+        raise ValueError("must be true, false, or settings such as {every: 2}")
+    return given
+
+
+def _as_switch(chosen: Checkpointing | None) -> bool | dict[str, Any]:
+    """As recipes are written."""
+    if chosen is None or chosen == Checkpointing():
+        return chosen is not None
+    return chosen.model_dump()
 
 
 class Train(_Strict):
@@ -88,7 +99,11 @@ class Train(_Strict):
     precision: Precision = "auto"
     """What the frozen base is held and computed in; trained tensors are float32 always."""
 
-    gradient_checkpointing: Annotated[Checkpointing | None, BeforeValidator(_switched)] = None
+    gradient_checkpointing: Annotated[
+        Checkpointing | None,
+        BeforeValidator(_switched, json_schema_input_type=bool | Checkpointing | None),
+        PlainSerializer(_as_switch),
+    ] = None
     """Recompute activations in the backward pass, true or of some layers: less memory, up to a third more time."""
 
     compile: bool = False

@@ -63,12 +63,16 @@ class PackedTask(TokenTask):
         if not self.packing or not self.packable():
             return task, remark
         reason = cannot_pack(model, longest) if packing else "an adapter or a teacher would mix what is in a row"
-        shares, reason = (False, reason) if reason else Trial.of(example, _tried(model)).of_model(model, pad)
+        within = self._has_groups(shares=False)
+        shares, reason = (False, reason) if reason else Trial.of(example, _tried(model)).of_model(model, pad, within)
         if reason:
             return task, _together(f"rows are padded to one length, not packed: {reason}", remark)
-        once = any(len(group) > 1 for group in self.groups(2, shares))
-        what = "rows are packed" + ", and what several begin with is read once" * once
+        what = "rows are packed" + ", and what several begin with is read once" * self._has_groups(shares)
         return task._packing(shares), _together(what, remark)
+
+    def _has_groups(self, shares: bool) -> bool:
+        """Whether anything is shared."""
+        return any(len(group) > 1 for group in self.groups(2, shares))
 
     def _packing(self, shares: bool) -> Self:
         task = self.model_copy()
@@ -147,15 +151,15 @@ def _parts(sequences: Sequence[Example], groups: Sequence[Sequence[int]]) -> lis
     while waiting:
         group, start, before = waiting.popleft()
         for alike in _alike(sequences, group, start):
-            ids = sequences[alike[0]].ids
-            end = _shared_end([sequences[number] for number in alike])
-            if end - start >= LEAST_SHARED:
-                waiting.append((alike, end, len(parts)))
+            sharing = [number for number in alike if _shareable(sequences[number]) - start >= LEAST_SHARED]
+            if len(sharing) > 1:
+                ids, end = sequences[sharing[0]].ids, _shared_end([sequences[number] for number in sharing])
+                waiting.append((sharing, end, len(parts)))
                 parts.append(Part(ids[start:end], [IGNORED] * (end - start), start, before))
-                continue
             for number in alike:
-                rest = sequences[number]
-                parts.append(Part(rest.ids[start:], rest.labels[start:], start, before, number))
+                if number not in sharing or len(sharing) == 1:
+                    rest = sequences[number]
+                    parts.append(Part(rest.ids[start:], rest.labels[start:], start, before, number))
     return parts
 
 
@@ -179,19 +183,17 @@ def _alike(sequences: Sequence[Example], numbers: Sequence[int], start: int) -> 
 
 
 def _shared_end(group: Sequence[Example]) -> int:
-    """Tokens with which all of several sequences begin.
+    """Tokens with which all of several sequences begin, as far as these can be shared."""
+    common = min(common_length(group[0].ids, other.ids) for other in group[1:])
+    return min(common, *map(_shareable, group))
 
-    Nothing that is shared is supervised, nor the token after it: its prediction comes from a token that is shared.
+
+def _shareable(sequence: Example) -> int:
+    """Its first tokens that others may begin with, too.
+
+    None of them is supervised, nor the token after them: its prediction comes from the last one.
     """
-    if len(group) < 2:
-        return 0
-    first = group[0]
-    common = min(common_length(first.ids, other.ids) for other in group[1:])
-    return min(common, *(_first_supervised(sequence) - 1 for sequence in group))
-
-
-def _first_supervised(example: Example) -> int:
-    return next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example.labels))
+    return next((i for i, label in enumerate(sequence.labels) if label != IGNORED), len(sequence.labels)) - 1
 
 
 # --- where it is possible ---------------------------------------------------------------------------------------------
@@ -205,21 +207,25 @@ class Trial(NamedTuple):
 
     @classmethod
     def of(cls, example: Example, tokens: int) -> Self:
-        ids = list(example.ids[:tokens])
+        # A short example is repeated, so that there is a beginning to share.
+        ids = (list(example.ids) * -(-2 * LEAST_SHARED // len(example.ids)))[:tokens]
         half = len(ids) // 2
         return cls(_unlabelled(ids), _unlabelled([*ids[:half], *reversed(ids[half:]), *ids[:1]]))
 
-    def of_model(self, model: nn.Module, pad: int) -> tuple[bool, str]:
-        """Whether what sequences begin with can be shared, and why this model cannot pack at all; "" where it can.
+    def of_model(self, model: nn.Module, pad: int, within: bool) -> tuple[bool, str]:
+        """Whether what any two examples begin with can be shared, and why this model cannot pack at all; "" if it can.
 
         No sequence may change another's logits by a bit, and both must have those that they have alone up to rounding.
-        Dropout and its kin draw for each token: there each sequence has to have its own.
+        Dropout and its kin draw for each token: there each example has to have its own.
+
+        Args:
+            within: the sequences of one example share what they begin with in any case.
         """
         try:
             with torch.no_grad():
                 alone = self._alone(model, pad)
                 shares = not self._draws(model, pad, alone)
-                return shares, self._fault(model, alone, shares)
+                return shares, self._fault(model, alone, shares or within)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as cause:
             return False, f"it does not take such a row: {str(cause).splitlines()[0]}"
 

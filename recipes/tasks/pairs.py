@@ -15,7 +15,7 @@ from itertools import groupby
 from statistics import fmean
 
 from .beginnings import check_begins
-from .contract import IGNORED, Batch, Example, Reader, Row, RowProblem, TooLong, padded
+from .contract import IGNORED, Example, Reader, Row, RowProblem, TooLong
 from .conversations import Conversation, Message, assistant_spans, check_template, common_length, read_conversation
 from .lengths import refuse_too_long
 from .texts import around, end_of, read_text, token_ids
@@ -24,7 +24,6 @@ __all__ = [
     "Continued",
     "PairExample",
     "Said",
-    "collated",
     "continued",
     "fitted",
     "marked",
@@ -157,6 +156,8 @@ def continued(prompt: Said, completion: Said, reader: Reader) -> Continued:
 def _texts(prompt: str, completion: str, reader: Reader) -> Continued:
     """Each is tokenised by itself: the prompt has the same tokens as when a model is asked to continue it."""
     before, lead = prompt_ids(prompt, reader)
+    if not before:
+        raise RowProblem("the prompt has no tokens, so nothing predicts the first one of the completion")
     after, end = token_ids(reader.tokenizer, completion), end_of(reader.tokenizer)
     if after[-1:] != [end]:
         after.append(end)
@@ -185,6 +186,8 @@ def _turns(prompt: Sequence[Message], completion: Conversation, reader: Reader) 
     ids = talk.ids(reader.tokenizer)
     answers = sum(message["role"] == "assistant" for message in completion.messages)
     spans = assistant_spans(reader, talk, ids, last_only=answers == 1)[-answers:]
+    if spans[0][0] == 0:
+        raise RowProblem("the chat template writes nothing before the completion, so nothing predicts its first token")
     labels, stop = [IGNORED] * len(ids), spans[-1][1]
     for start, end in spans:
         labels[start:end] = ids[start:end]
@@ -222,16 +225,7 @@ def marked(ids: Sequence[int], labels: Sequence[int], mark: str, reader: Reader)
     return [(reader.tokenizer.decode([i for i, _ in run]), mark if learned else None) for learned, run in runs]
 
 
-# --- batches and scores -----------------------------------------------------------------------------------------------
-
-
-def collated(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> Batch:
-    """Sequences as one batch, padded on the right."""
-    return {
-        "input_ids": padded(ids, pad),
-        "attention_mask": padded([[1] * len(tokens) for tokens in ids], 0),
-        "labels": padded(labels, IGNORED),
-    }
+# --- scores ---------------------------------------------------------------------------------------------------------
 
 
 def pair_scores(rewards: Sequence[tuple[float, float]]) -> dict[str, float]:

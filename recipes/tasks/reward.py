@@ -19,8 +19,22 @@ from torch.nn import functional as F
 
 from onegpu.adapters import DataError
 
-from .contract import IGNORED, Batch, Direction, Example, Labels, Objective, Reader, Row, RowProblem, Task, model_inputs
-from .pairs import Continued, PairExample, Said, collated, continued, fitted, pair_scores, read_pair
+from .contract import (
+    IGNORED,
+    Batch,
+    Direction,
+    Example,
+    Labels,
+    Objective,
+    Reader,
+    Row,
+    RowProblem,
+    Task,
+    attention_mask,
+    model_inputs,
+    padded,
+)
+from .pairs import Continued, PairExample, Said, continued, fitted, pair_scores, read_pair
 from .texts import token_ids
 
 __all__ = ["Reward", "RewardExample"]
@@ -68,9 +82,12 @@ class Reward(Task):
         """(2 · batch, tokens): the chosen ones, then the rejected; `margin` (batch,)."""
         assert all(isinstance(example, RewardExample) for example in examples)
         pairs = [example for example in examples if isinstance(example, RewardExample)]
-        ids = [e.ids for e in pairs] + [e.other_ids for e in pairs]
-        batch = collated(ids, ids, pad)
-        return {**model_inputs(batch), "margin": torch.tensor([e.margin for e in pairs])}
+        sequences = [*(Example(e.row, e.ids, []) for e in pairs), *(Example(e.row, e.other_ids, []) for e in pairs)]
+        return {
+            "input_ids": padded([sequence.ids for sequence in sequences], pad),
+            "attention_mask": attention_mask(sequences),
+            "margin": torch.tensor([e.margin for e in pairs]),
+        }
 
     def objective(self, model: nn.Module, batch: Batch) -> Objective:
         """-log σ(r_w - r_l - margin) + centre · (r_w + r_l)², summed over the pairs; the weight is how many there are.

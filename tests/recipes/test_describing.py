@@ -114,6 +114,12 @@ def test_a_broken_plugin_is_left_out_of_the_schema(declare: Callable[..., None])
     assert "toy" not in json.dumps(recipe_schema())
 
 
+@pytest.mark.parametrize("value", [True, False, {"every": 2}])
+def test_the_schema_takes_each_form_of_a_setting(value: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate({"gradient_checkpointing": value}, Train.model_json_schema())
+
+
 @pytest.mark.parametrize("name", [packaged.name for packaged in packaged_recipes()])
 def test_packaged_recipes_follow_the_schema(name: str) -> None:
     jsonschema = pytest.importorskip("jsonschema")

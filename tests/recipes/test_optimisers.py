@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from onegpu.adapters import Rate, RecipeError, Stack, attach, load_base
 from onegpu.recipes import Loaded, Outcome, Train, run as run_loudly
 from onegpu.recipes.optimisers import groups_of, lay_alike, make_optimizer, make_schedule, unreached_peak, warmup_steps
+from onegpu.recipes.optimizer_state import check, flatten
 from onegpu.recipes.schema import Schedule
 
 DECAY = 0.5
@@ -167,6 +168,21 @@ def test_a_fused_step_pairs_what_belongs_together(transposed: str) -> None:
     lay_alike([parameter])
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), values - 0.1 * gradient.sign(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_that_was_passed_over_leaves_no_state() -> None:
+    """In fp16 a fused optimiser is called on a step that overflowed, too, and begins a state at step 0."""
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = make_optimizer(Train(), groups_of({"a": parameter}, {"a": Rate()}), {"a": parameter})
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (float("inf"), 1.0):
+        scaler.scale(parameter.sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        tensors, values = flatten(optimizer)
+        check(optimizer, tensors, values, 1)
+        assert bool(tensors) == (factor == 1.0)
 
 
 def test_small_tensors_keep_their_state_in_32_bits() -> None:

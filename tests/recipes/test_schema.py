@@ -57,6 +57,8 @@ def test_settings_cannot_be_changed_after_reading(model: BaseModel) -> None:
         ({"precision": "fp8"}, "precision"),
         ({"evaluate_every": 0}, "evaluate_every"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"gradient_checkpointing": 1}, "must be true, false, or settings such as {every: 2}"),
+        ({"gradient_checkpointing": {"every": 0}}, "every"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),  # numpy's generator takes 32 bits, and would say so after the base was read
     ],
@@ -75,3 +77,13 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], reaso
 def test_settings_at_the_edge_are_taken(settings: dict[str, Any]) -> None:
     ((name, value),) = settings.items()
     assert getattr(Train.model_validate(settings), name) == value
+
+
+@pytest.mark.parametrize(
+    "written", [True, False, {"every": 2, "offload": False}, {"every": 1, "offload": True}], ids=str
+)
+def test_checkpointing_stays_as_recipes_write_it(written: Any) -> None:
+    """In run folders and manifests, too: a run that was begun with `true` or `false` is resumed."""
+    settings = Train.model_validate({"gradient_checkpointing": written})
+    assert settings.model_dump()["gradient_checkpointing"] == written
+    assert Train.model_validate(settings.model_dump()) == settings

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from onegpu.adapters import attach
+from onegpu.adapters import attach, segments
 from onegpu.recipes.tasks import Batch, chunks
 from onegpu.recipes.tasks.output_head import Arithmetic
 from onegpu.recipes.tasks.preference import JudgedExample, Preference
@@ -108,6 +108,14 @@ def test_dropout_of_a_prompt_is_that_of_both_completions_and_of_no_other_pair() 
     assert remark == "rows are packed, and what several begin with is read once"
     shared = (task.collate([PAIRS[0], PAIRS[2]], PAD)["input_ids"] == 1).sum()
     assert shared == 2  # the first token of a prompt that both pairs begin with
+
+
+def test_with_dropout_the_trial_shares_as_pairs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(CONFIGS["llama"], "sdpa")
+    attach(model, [{"lora": {"rank": 4, "dropout": 0.5}}])
+    monkeypatch.setattr(segments, "_seen", lambda first, rows, columns: torch.ones(len(first), 1, rows, columns).bool())
+    _, remark = _suited(model)
+    assert "not packed" in remark
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "robust", "simpo", "orpo", "cpo"])

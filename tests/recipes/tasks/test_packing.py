@@ -186,6 +186,14 @@ def test_beginnings_form_a_tree() -> None:
         assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())), key
 
 
+def test_a_short_sequence_keeps_no_others_from_sharing() -> None:
+    long = [_example([*START, *range(20, 30), last], [22]) for last in (1, 2, 3)]
+    short = _example([*START, 4], [LEAST_SHARED])  # its last token that could be shared is the seventh
+    batch = packed_batch([*long, short], [range(4)])
+    assert batch["input_ids"].shape == (1, 21 + 3 * 2 + 13)
+    assert (batch["sequences"] == -1).sum() == 21
+
+
 @pytest.mark.parametrize("groups", [APART, TOGETHER], ids=["apart", "together"])
 def test_no_label_stands_where_a_sequence_begins(groups: Any) -> None:
     batch = packed_batch(EXAMPLES, groups)

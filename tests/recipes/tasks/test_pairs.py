@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, processors
 
 from onegpu.adapters import DataError
 from onegpu.recipes.tasks import Reader, RowProblem
@@ -156,6 +156,13 @@ def test_a_tokenizer_without_an_end_is_refused_for_texts(reader_of: MakeReader) 
     reader.tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end token"):
         continued("Q", "A", reader)
+
+
+def test_a_prompt_without_tokens_predicts_nothing(reader_of: MakeReader) -> None:
+    reader = reader_of()
+    reader.tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(RowProblem, match="the prompt has no tokens"):
+        continued(" ", "A", reader)
 
 
 @pytest.mark.parametrize(
