@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .drawn_masks import seed, share
+from .frozen_linear import in_autocast
 from .segment_attention import apart, attend_in_tiles, kept_of, tiles_of, together
 
 __all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
@@ -212,6 +213,8 @@ def _plain(
         raise ValueError("it changes attention scores in a way of its own")
     dropout = dropout if module.training else 0.0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Where all of a base trains, in float32, rotated queries and keys come in that, and values in what is computed in.
+    query, key, value = in_autocast(query), in_autocast(key), in_autocast(value)
     found: Tensor = attend_in_tiles(query, key, value, *s, seed(dropout), scaling, share(dropout))[0]
     return found
 

@@ -111,6 +111,18 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, attention: str) 
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_trains_in_float32_is_packed_in_bf16(attention: str) -> None:
+    model = _model(CONFIGS["llama"], attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        task, remark = _suited(model)
+        assert (task.packs, remark) == (True, "rows are packed, and what several begin with is read once")
+        trainable = dict(model.named_parameters())
+        expected = _gradients(model, trainable, CHAT, token_batch(EXAMPLES, PAD))
+        found = _gradients(model, trainable, task, task.collate(EXAMPLES, PAD))
+    assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-2)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_layers_see_the_same_segments(reentrant: bool) -> None:
     model = _model(CONFIGS["llama"])
