@@ -1,21 +1,16 @@
 """Pairs in one row, their prompt read once: the numbers of two sequences, or a reason why not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3Config,
 )
 
 from onegpu.adapters import attach, segments
@@ -24,26 +19,11 @@ from onegpu.recipes.tasks.output_head import Arithmetic
 from onegpu.recipes.tasks.preference import JudgedExample, Preference
 from onegpu.recipes.tasks.tokens import sequence_logps, supervised_tokens
 
+Build = Callable[..., PreTrainedModel]
 IGNORED, PAD = -100, 0
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
-NO_DROPOUT: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-CONFIGS = {
-    "llama": LlamaConfig(**LLAMA),
-    "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
-    "head_dim": LlamaConfig(**LLAMA, head_dim=16),
-    "qwen3": Qwen3Config(**LLAMA, head_dim=8),
-    "gemma": GemmaConfig(**LLAMA, head_dim=8),
-    "neox": GPTNeoXConfig(**SIZES, intermediate_size=64),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, **NO_DROPOUT),
-}
 PLAIN = Preference(data="rows.jsonl")
-
-
-def _model(config: PreTrainedConfig, attention: str = "eager") -> PreTrainedModel:
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    return model
 
 
 def _pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> JudgedExample:
@@ -76,9 +56,10 @@ def _weighted(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_numbers_and_gradients_are_those_of_two_sequences(name: str, implementation: str) -> None:
-    model = _model(CONFIGS[name], implementation)
+def test_the_numbers_and_gradients_are_those_of_two_sequences(
+    architecture: PreTrainedConfig, implementation: str, causal_model: Build
+) -> None:
+    model = causal_model(architecture, implementation)
     task, _ = _suited(model)
     apart, expected = _weighted(model, PLAIN.collate(PAIRS, PAD))
     assert expected.norm() > 1e-2
@@ -90,9 +71,9 @@ def test_the_numbers_and_gradients_are_those_of_two_sequences(name: str, impleme
         assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
-def test_a_prompt_is_there_once_but_for_its_last_token() -> None:
+def test_a_prompt_is_there_once_but_for_its_last_token(causal_model: Build) -> None:
     """That token predicts the first one of each completion."""
-    task, remark = _suited(_model(CONFIGS["llama"]))
+    task, remark = _suited(causal_model())
     assert remark == "rows are packed, and what several begin with is read once"
     batch, apart = task.collate(PAIRS[:2], PAD), PLAIN.collate(PAIRS[:2], PAD)
     expected = [33, 38, 33, 34, 35, 36, 37, *[PAD] * 8, *range(1, 11), 11, 28, 29, 11, 30, 31, 32]  # short ones first
@@ -101,8 +82,8 @@ def test_a_prompt_is_there_once_but_for_its_last_token() -> None:
     assert supervised_tokens(batch).tolist() == [2, 4, 3, 1] == supervised_tokens(apart).tolist()
 
 
-def test_dropout_of_a_prompt_is_that_of_both_completions_and_of_no_other_pair() -> None:
-    model = _model(CONFIGS["llama"])
+def test_dropout_of_a_prompt_is_that_of_both_completions_and_of_no_other_pair(causal_model: Build) -> None:
+    model = causal_model()
     attach(model, [{"lora": {"rank": 4, "dropout": 0.5}}])
     task, remark = _suited(model)
     assert remark == "rows are packed, and what several begin with is read once"
@@ -110,8 +91,8 @@ def test_dropout_of_a_prompt_is_that_of_both_completions_and_of_no_other_pair() 
     assert shared == 2  # the first token of a prompt that both pairs begin with
 
 
-def test_with_dropout_the_trial_shares_as_pairs_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model(CONFIGS["llama"], "sdpa")
+def test_with_dropout_the_trial_shares_as_pairs_do(monkeypatch: pytest.MonkeyPatch, causal_model: Build) -> None:
+    model = causal_model(attention="sdpa")
     attach(model, [{"lora": {"rank": 4, "dropout": 0.5}}])
     monkeypatch.setattr(segments, "_seen", lambda first, rows, columns: torch.ones(len(first), 1, rows, columns).bool())
     _, remark = _suited(model)
@@ -119,8 +100,8 @@ def test_with_dropout_the_trial_shares_as_pairs_do(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "robust", "simpo", "orpo", "cpo"])
-def test_every_loss_of_pairs_is_the_same(loss: Any) -> None:
-    model = _model(CONFIGS["llama"])
+def test_every_loss_of_pairs_is_the_same(loss: Any, causal_model: Build) -> None:
+    model = causal_model()
     stack = attach(model, [{"lora": {"rank": 4}}])
     for tensor in stack.trainable().values():
         torch.nn.init.normal_(tensor, std=0.1)
@@ -151,24 +132,26 @@ def test_every_loss_of_pairs_is_the_same(loss: Any) -> None:
     ],
     ids=["adapter", "window"],
 )
-def test_where_it_cannot_be_there_is_a_reason(config: PreTrainedConfig, settings: Any, remark: str) -> None:
-    task, found = _suited(_model(config), **settings)
+def test_where_it_cannot_be_there_is_a_reason(
+    config: PreTrainedConfig, settings: Any, remark: str, causal_model: Build
+) -> None:
+    task, found = _suited(causal_model(config), **settings)
     assert "sequences" not in task.collate(PAIRS, PAD)
     assert found == f"rows are padded to one length, not packed: {remark}"
 
 
 @pytest.mark.parametrize("settings", [{"packing": False}, {"loss": "kto"}], ids=["a recipe", "kto"])
-def test_it_can_be_done_without(settings: Any) -> None:
+def test_it_can_be_done_without(settings: Any, causal_model: Build) -> None:
     task = Preference(data="rows.jsonl", **settings)
-    same, remark = task.suited(_model(CONFIGS["llama"]), PAIRS[0], longest=22, pad=PAD, packing=True)
+    same, remark = task.suited(causal_model(), PAIRS[0], longest=22, pad=PAD, packing=True)
     assert (same.packs, remark) == (False, "")
     assert "sequences" not in same.collate(PAIRS, PAD)
 
 
 @pytest.mark.parametrize(("loss", "packing"), [("dpo", True), ("dpo", False), ("kto", True)])
-def test_where_the_head_is_not_known_all_logits_are_made_at_once(loss: Any, packing: bool) -> None:
+def test_where_the_head_is_not_known_all_logits_are_made_at_once(loss: Any, packing: bool, causal_model: Build) -> None:
     """A head that adds something behind the output embeddings."""
-    model: Any = _model(CONFIGS["llama"])
+    model: Any = causal_model()
     model.register_forward_hook(lambda module, args, output: output | {"logits": output.logits + 1})
     task = Preference(data="rows.jsonl", loss=loss, packing=packing)
     _, remark = task.suited(model, PAIRS[0], longest=22, pad=PAD, packing=True)
@@ -176,10 +159,12 @@ def test_where_the_head_is_not_known_all_logits_are_made_at_once(loss: Any, pack
     assert ("rows are packed" in remark) == (packing and loss == "dpo")
 
 
-def test_log_probabilities_in_chunks_are_those_of_all_logits(live_tensors: Any, monkeypatch: Any) -> None:
+def test_log_probabilities_in_chunks_are_those_of_all_logits(
+    live_tensors: Any, monkeypatch: Any, causal_model: Build
+) -> None:
     """Of packed pairs and of padded ones, in value and gradient; nothing is larger than a chunk."""
     monkeypatch.setattr(chunks, "CHUNK", 1)
-    model = _model(LlamaConfig(**LLAMA | {"vocab_size": 70}))  # as wide as nothing else
+    model = causal_model(LlamaConfig(**LLAMA | {"vocab_size": 70}))  # as wide as nothing else
     stack = attach(model, [{"lora": {"rank": 4}}])
     for tensor in stack.trainable().values():
         torch.nn.init.normal_(tensor, std=0.1)

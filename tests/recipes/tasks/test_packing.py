@@ -1,22 +1,17 @@
 """Rows behind one another: the numbers of padded rows, or a reason why not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3Config,
 )
 
 from onegpu.adapters import attach
@@ -27,27 +22,12 @@ from onegpu.recipes.tasks.distillation import Distillation
 from onegpu.recipes.tasks.language_modelling import LanguageModelling
 from onegpu.recipes.tasks.packing import LEAST_SHARED, MULTIPLE, packed_batch, token_batch
 
+Build = Callable[..., PreTrainedModel]
 IGNORED, PAD = -100, 0
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
-NO_DROPOUT: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-CONFIGS = {
-    "llama": LlamaConfig(**LLAMA),
-    "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
-    "head_dim": LlamaConfig(**LLAMA, head_dim=16),
-    "qwen3": Qwen3Config(**LLAMA, head_dim=8),
-    "gemma": GemmaConfig(**LLAMA, head_dim=8),
-    "neox": GPTNeoXConfig(**SIZES, intermediate_size=64),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, **NO_DROPOUT),
-}
 CHAT = Chat(data="rows")
 START = list(range(40, 52))  # what several rows begin with
-
-
-def _model(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    return model
 
 
 def _example(ids: Sequence[int], supervised: Sequence[int]) -> Example:
@@ -97,9 +77,10 @@ def _gradients(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients_are_those_of_padded_rows(name: str, attention: str) -> None:
-    model = _model(CONFIGS[name], attention)
+def test_loss_and_gradients_are_those_of_padded_rows(
+    architecture: PreTrainedConfig, attention: str, causal_model: Build
+) -> None:
+    model = causal_model(architecture, attention)
     trainable = _lora(model)
     task, remark = _suited(model)
     assert (task.packs, remark) == (True, "rows are packed, and what several begin with is read once")
@@ -112,8 +93,8 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, attention: str) 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_model_that_trains_in_float32_is_packed_in_bf16(attention: str) -> None:
-    model = _model(CONFIGS["llama"], attention)
+def test_a_model_that_trains_in_float32_is_packed_in_bf16(attention: str, causal_model: Build) -> None:
+    model = causal_model(attention=attention)
     with torch.autocast("cpu", torch.bfloat16):
         task, remark = _suited(model)
         assert (task.packs, remark) == (True, "rows are packed, and what several begin with is read once")
@@ -124,8 +105,8 @@ def test_a_model_that_trains_in_float32_is_packed_in_bf16(attention: str) -> Non
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputed_layers_see_the_same_segments(reentrant: bool) -> None:
-    model = _model(CONFIGS["llama"])
+def test_recomputed_layers_see_the_same_segments(reentrant: bool, causal_model: Build) -> None:
+    model = causal_model()
     trainable = _lora(model)
     task, _ = _suited(model)
     expected = _gradients(model, trainable, task, task.collate(EXAMPLES, PAD))
@@ -138,8 +119,8 @@ def test_recomputed_layers_see_the_same_segments(reentrant: bool) -> None:
         assert torch.allclose(found[key], value, rtol=1e-5, atol=1e-6), key
 
 
-def test_a_pack_of_one_example_is_that_example() -> None:
-    model = _model(CONFIGS["llama"])
+def test_a_pack_of_one_example_is_that_example(causal_model: Build) -> None:
+    model = causal_model()
     trainable = _lora(model)
     task, _ = _suited(model)
     for example in EXAMPLES:
@@ -148,8 +129,8 @@ def test_a_pack_of_one_example_is_that_example() -> None:
         assert all(torch.allclose(found[key], value, rtol=1e-4, atol=1e-6) for key, value in expected.items())
 
 
-def test_equal_examples_are_each_counted() -> None:
-    model = _model(CONFIGS["llama"])
+def test_equal_examples_are_each_counted(causal_model: Build) -> None:
+    model = causal_model()
     trainable = _lora(model)
     task, _ = _suited(model)
     once = _gradients(model, trainable, task, task.collate(EXAMPLES[:1], PAD))
@@ -176,7 +157,7 @@ def test_what_is_supervised_or_predicts_it_is_not_shared() -> None:
     assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, 2 * 14)
 
 
-def test_beginnings_form_a_tree() -> None:
+def test_beginnings_form_a_tree(causal_model: Build) -> None:
     """All begin with START; two of these go on alike, so what they share lies behind what all share."""
     middle = list(range(20, 30))
     examples = [
@@ -189,7 +170,7 @@ def test_beginnings_form_a_tree() -> None:
     assert batch["position_ids"].tolist() == [[*range(15), *range(12, 22), 22, 23, 22, 23, 24]]
     assert batch["sequences"].tolist() == [[-1] * 12 + [1] * 3 + [-1] * 10 + [2] * 2 + [0] * 3]
     assert batch["supervised"].tolist() == [1, 1, 1]
-    model = _model(CONFIGS["llama"])
+    model = causal_model()
     trainable = _lora(model)
     task, _ = _suited(model)
     expected = _gradients(model, trainable, CHAT, token_batch(examples, PAD))
@@ -218,9 +199,9 @@ def test_no_label_stands_where_a_sequence_begins(groups: Any) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_beginning_is_not_shared_where_training_draws_at_random(trained: bool) -> None:
+def test_a_beginning_is_not_shared_where_training_draws_at_random(trained: bool, causal_model: Build) -> None:
     """Even while nothing of it is seen in the logits, as of a new adapter that adds nothing."""
-    model = _model(CONFIGS["llama"])
+    model = causal_model()
     if trained:
         _lora(model, dropout=0.5)
     else:
@@ -246,34 +227,34 @@ def test_a_beginning_is_not_shared_where_training_draws_at_random(trained: bool)
         (LlamaConfig(**LLAMA), "flex_attention", "its attention is `flex_attention`"),
     ],
 )
-def test_models_that_cannot_say_why(config: PreTrainedConfig, attention: str, reason: str) -> None:
-    model = _model(config, attention)
+def test_models_that_cannot_say_why(config: PreTrainedConfig, attention: str, reason: str, causal_model: Build) -> None:
+    model = causal_model(config, attention)
     task, remark = _suited(model)
     assert not task.packs
     assert remark.startswith(f"rows are padded to one length, not packed: {reason}")
     assert set(task.collate(EXAMPLES, PAD)) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_a_window_longer_than_every_row_is_none() -> None:
-    assert cannot_pack(_model(MistralConfig(**LLAMA, sliding_window=18)), 18) == ""
+def test_a_window_longer_than_every_row_is_none(causal_model: Build) -> None:
+    assert cannot_pack(causal_model(MistralConfig(**LLAMA, sliding_window=18)), 18) == ""
 
 
-def test_a_prefix_brings_an_attention_of_its_own() -> None:
-    model = _model(CONFIGS["llama"])
+def test_a_prefix_brings_an_attention_of_its_own(causal_model: Build) -> None:
+    model = causal_model()
     attach(model, [{"prefix": {"length": 2}}])
     task, remark = _suited(model)
     assert not task.packs
     assert "its attention is `onegpu_prefix`" in remark
 
 
-def test_an_adapter_that_mixes_tokens_is_declared() -> None:
-    task, remark = CHAT.suited(_model(CONFIGS["llama"]), EXAMPLES[0], longest=18, pad=PAD, packing=False)
+def test_an_adapter_that_mixes_tokens_is_declared(causal_model: Build) -> None:
+    task, remark = CHAT.suited(causal_model(), EXAMPLES[0], longest=18, pad=PAD, packing=False)
     assert not task.packs
     assert remark == "rows are padded to one length, not packed: an adapter or a teacher would mix what is in a row"
 
 
-def test_a_model_that_leaks_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model(CONFIGS["llama"])
+def test_a_model_that_leaks_is_found_by_trying(monkeypatch: pytest.MonkeyPatch, causal_model: Build) -> None:
+    model = causal_model()
     inner = model.model.layers[1].forward
     # A layer that mixes neighbours, as a convolution over the row would.
     model.model.layers[1].forward = lambda x, **kwargs: inner(x + x.mean(1, keepdim=True), **kwargs)
@@ -282,19 +263,19 @@ def test_a_model_that_leaks_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) 
     assert "the logits are not those of sequences by themselves" in remark
 
 
-def test_a_recipe_can_do_without() -> None:
-    task, remark = _suited(_model(CONFIGS["llama"]), packing=False)
+def test_a_recipe_can_do_without(causal_model: Build) -> None:
+    task, remark = _suited(causal_model(), packing=False)
     assert (task.packs, remark) == (False, "")
 
 
-def test_hidden_tokens_are_not_packed() -> None:
+def test_hidden_tokens_are_not_packed(causal_model: Build) -> None:
     task = LanguageModelling(data="rows", predict="masked")
-    suited, remark = task.suited(_model(CONFIGS["llama"]), EXAMPLES[0], longest=18, pad=PAD, packing=True)
+    suited, remark = task.suited(causal_model(), EXAMPLES[0], longest=18, pad=PAD, packing=True)
     assert (suited.packs, "packed" in remark) == (False, False)
 
 
-def test_a_student_is_packed_beside_the_base_only() -> None:
-    model = _model(CONFIGS["llama"])
+def test_a_student_is_packed_beside_the_base_only(causal_model: Build) -> None:
+    model = causal_model()
     inner: dict[str, Any] = {"language-modelling": {}}
     for teacher, packs in (("base", True), ("somewhere", False)):
         task = Distillation(data="rows", task=inner, teacher=teacher)
