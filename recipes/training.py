@@ -31,6 +31,7 @@ from .display import Display
 from .evaluation import Evaluator, on_device, shown, surveyed
 from .optimisers import lay_alike
 from .proofs import Untrained, explain_cut, explain_non_finite, first_bad_gradient, frozen_base
+from .references import References
 from .runfolder import RunFolder
 from .schema import Train
 from .selection import Selection
@@ -69,11 +70,14 @@ class Session:
     test: dict[str, float] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)  # what a resumed run went on in spite of
     proof: StepProof = field(init=False)  # made at once: a stack that is not what it declares must not start
+    references: References = field(init=False)
     verdict: str = ""  # of the step proof, once the last step is done
     best_restored: bool = False  # the stack holds the adapter of the best evaluation again, not that of the last step
 
     def __post_init__(self) -> None:
         self.proof = StepProof(self.stack, self.optimizer, lambda total: self.accelerator.reduce(total, "sum"))
+        again, refer = self.steps > self.plan.windows_per_epoch, self.evaluator.refer
+        self.references = References(self.task, refer, examples=len(self.examples), again=again)
 
     @property
     def kept_step(self) -> int:
@@ -115,6 +119,7 @@ def train(s: Session) -> str:
     if s.step == 0:
         with s.stack.base_only():
             _evaluate(s)
+    _remember(s)
     s.model.train()
     base_seen, untrained = False, Untrained.of(s.stack)
     with asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
@@ -122,7 +127,7 @@ def train(s: Session) -> str:
             began = time.perf_counter()
             for attachment in s.stack.attachments:
                 attachment.before_step(s.step)
-            window = s.task.prepare([s.examples[i] for i in s.plan.window(s.step)], s.plan.window_seed(s.step))
+            window = _window(s, s.step)
             loss, weight = _accumulate(s, window, trainable)
             for attachment in s.stack.attachments:
                 attachment.after_backward(s.step)
@@ -175,6 +180,20 @@ def train(s: Session) -> str:
     return proof.verdict()
 
 
+def _window(s: Session, step: int) -> Sequence[Example]:
+    """The examples of a step."""
+    return s.task.prepare([s.examples[i] for i in s.plan.window(step)], s.plan.window_seed(step))
+
+
+def _remember(s: Session) -> None:
+    """In a run that goes on, hear again what the reference model had said by then, in the same batches."""
+    for step in range(s.step):
+        if s.references.complete:
+            break
+        for _ in _batches(s, _window(s, step)):
+            pass
+
+
 def _anyone(s: Session, asked: Sequence[int]) -> bool:
     """Whether the user asked any process to stop: a signal reaches them at different times, and they stop together."""
     if s.accelerator.num_processes == 1:
@@ -220,8 +239,8 @@ def _batches(s: Session, window: Sequence[Example]) -> Iterator[Batch]:
     """This process's share of a window, with what the reference model and the whole window say of each batch."""
     chunks = s.evaluator.cut(window)
     own = chunks[s.accelerator.process_index :: s.accelerator.num_processes]
-    batches = (on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device) for chunk in own)
-    referred = (batch | s.evaluator.refer(batch) for batch in batches)
+    batches = ((chunk, on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)) for chunk in own)
+    referred = (s.references(chunk, batch) for chunk, batch in batches)
     return surveyed(
         s.task,
         s.model,

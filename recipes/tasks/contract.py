@@ -267,6 +267,14 @@ class Task(BaseModel, ABC):
         """What the reference model (the base without adapters, or a teacher) says; joined to the batch. No gradient."""
         return {}
 
+    def refers_once(self) -> bool:
+        """Whether that is the same in every batch: then it is asked in the first epoch, and remembered for the others.
+
+        A row makes one example then, and `refer` gives float32 tensors of (k · batch,) numbers: those of example i of
+        the batch are number i, i + batch, and so on.
+        """
+        return False
+
     def surveys(self) -> int:
         """How many statistics of the whole window its loss needs."""
         return 0

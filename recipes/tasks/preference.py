@@ -149,6 +149,10 @@ class Preference(PackedTask):
         """`reference`: (2 · batch,) log-probability of each sequence."""
         return {"reference": sequence_logps(model, batch, self._arithmetic)} if self.refers() else {}
 
+    def refers_once(self) -> bool:
+        """A pair is the same pair in every epoch; KTO's mismatched completions are others."""
+        return self.loss != "kto"
+
     def surveys(self) -> int:
         """KTO's baseline is of the whole window: a sum and a count."""
         return 2 if self.loss == "kto" else 0
