@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .compatibility import Circumstances, refuse_unfit
 from .contract import SAFELY, LoadOptions
-from .device import Hardware, Precision, attention, compute_dtype, detect
+from .device import Attention, Hardware, Precision, attention_of, compute_dtype, detect
 from .errors import OnegpuError, RecipeError, noted, together
 from .frozen_linear import FrozenLinear
 from .isolation import answerable
@@ -26,6 +26,7 @@ __all__ = [
     "Footprint",
     "Kind",
     "any_skeleton",
+    "choose_attention",
     "footprint",
     "load_base",
     "load_options",
@@ -59,6 +60,7 @@ def load_base(
     kind: Kind = "causal-lm",
     labels: Sequence[str] | None = None,
     precision: Precision = "auto",
+    attention: Attention = "auto",
     revision: str | None = None,
     seed: int = 0,
     hardware: Hardware | None = None,
@@ -71,19 +73,26 @@ def load_base(
         kind: which head the model has.
         labels: names of the classes, for a classification head.
         precision: dtype of everything that is not packed.
+        attention: which of transformers' implementations.
         seed: of a head that the checkpoint does not have.
 
     Raises:
         RecipeError: the source is wrong, or the checkpoint lacks tensors of the backbone.
-        DeviceError: the device cannot do what was asked for.
+        DeviceError, Unavailable: the device, or what is installed, cannot do what was asked for.
     """
     hardware = hardware or detect()
     found = source if isinstance(source, Source) else locate(source, revision=revision)
     place = found.materialise()
     options = load_options(
-        place, build(adapters), kind=kind, precision=precision, hardware=hardware, revision=found.revision
+        place,
+        build(adapters),
+        kind=kind,
+        precision=precision,
+        attention=attention,
+        hardware=hardware,
+        revision=found.revision,
     )
-    extra: dict[str, Any] = {"attn_implementation": attention(options.autocast or options.dtype, hardware)}
+    extra: dict[str, Any] = {"attn_implementation": options.attention}
     if options.quantization_config is not None:
         extra |= {"quantization_config": options.quantization_config, "device_map": {"": options.device}}
     with quietly(), torch.random.fork_rng(), readable(f"the weights of base {found.written!r} cannot be read"):
@@ -123,6 +132,7 @@ def load_options(
     *,
     kind: Kind,
     precision: Precision,
+    attention: Attention = "auto",
     hardware: Hardware | None = None,
     revision: str | None = None,
 ) -> LoadOptions:
@@ -137,7 +147,8 @@ def load_options(
     dtype = compute_dtype(precision, hardware)
     skeleton = skeleton_of(place, kind, revision)
     refuse_foreign_packing(skeleton, place, stack)
-    return settled(skeleton, stack, dtype=dtype, hardware=hardware)
+    choose_attention(skeleton, attention, dtype, hardware)
+    return settled(skeleton, stack, dtype=dtype, attention=attention, hardware=hardware)
 
 
 def settled(
@@ -145,6 +156,7 @@ def settled(
     stack: Sequence[Named],
     *,
     dtype: torch.dtype,
+    attention: Attention = "auto",
     hardware: Hardware,
     checkpointing: bool = False,
     at: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
@@ -154,6 +166,7 @@ def settled(
     Args:
         skeleton: the model without weights.
         dtype: of everything that no adapter packs.
+        attention: which of transformers' implementations, one that `choose_attention` took.
         checkpointing: whether activations will be computed anew.
         at: the place of the adapter of that number, for messages.
 
@@ -173,13 +186,30 @@ def settled(
                 named.adapter.check(skeleton)
         with noted(found), at(index), answerable(named.name, named.entry, "load_options"):
             options = named.adapter.load_options(options, keep)
-    chosen = attention(options.autocast or options.dtype, hardware) or skeleton.config._attn_implementation
+    options = replace(options, attention=attention_of(attention, options.autocast or options.dtype, hardware))
+    in_use = options.attention or skeleton.config._attn_implementation
     for index, named in enumerate(stack):
         with noted(found), at(index):
-            refuse_unfit([named], Circumstances(dtype=options.dtype, attention=chosen))
+            refuse_unfit([named], Circumstances(dtype=options.dtype, attention=in_use))
     if found:
         raise together(found)
     return options
+
+
+def choose_attention(skeleton: PreTrainedModel, asked: Attention, dtype: torch.dtype, hardware: Hardware) -> None:
+    """Let a model without weights have the attention that was asked for.
+
+    Raises:
+        RecipeError: it is none of this model's.
+        DeviceError, Unavailable: the device, or what is installed, cannot compute it.
+    """
+    name, kind = attention_of(asked, dtype, hardware), type(skeleton).__name__
+    if name is None or asked == "auto":
+        return
+    with quietly(), readable(f"{kind} has no attention {name}"):
+        skeleton.set_attn_implementation(name)
+    if skeleton.config._attn_implementation != name:  # transformers warns, and leaves it as it was
+        raise RecipeError(f"the attention of {kind} cannot be chosen: leave it on auto")
 
 
 def skeleton_of(place: str, kind: Kind, revision: str | None) -> PreTrainedModel:

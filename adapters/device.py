@@ -6,15 +6,26 @@ Decisions take a `Hardware`, so that they can be tested with one that is not the
 import resource
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-from .errors import DeviceError
+from .errors import DeviceError, Unavailable
 
-__all__ = ["Hardware", "Precision", "attention", "compute_dtype", "detect", "grad_scaler", "peak_memory"]
+__all__ = [
+    "Attention",
+    "Hardware",
+    "Precision",
+    "attention_of",
+    "compute_dtype",
+    "detect",
+    "grad_scaler",
+    "peak_memory",
+]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,12 +73,26 @@ def compute_dtype(precision: Precision, hardware: Hardware) -> torch.dtype:
     return DTYPES[precision]
 
 
-def attention(dtype: torch.dtype, hardware: Hardware) -> str | None:
-    """Which of transformers' implementations of attention is the fast one here; None for a model's own choice.
+def attention_of(asked: Attention, dtype: torch.dtype, hardware: Hardware) -> str | None:
+    """Which of transformers' implementations of attention to take; None for a model's own choice.
 
-    The backward pass of torch's fused attention in bf16 is several times slower on a CPU than plain matrix products.
+    `auto` is the fast one: the backward pass of torch's fused attention in bf16 is several times slower on a CPU than
+    plain matrix products.
+
+    Raises:
+        DeviceError: the device, or the dtype, is none that it computes.
+        Unavailable: its package is not installed. transformers would fetch another implementation from a hub.
     """
-    return "eager" if hardware.kind == "cpu" and dtype == torch.bfloat16 else None
+    if asked == "auto":
+        return "eager" if hardware.kind == "cpu" and dtype == torch.bfloat16 else None
+    if asked == "flash_attention_2":
+        if (hardware.capability or (0, 0)) < (8, 0):
+            raise DeviceError(f"attention {asked} needs a CUDA device of capability 8.0: use sdpa, eager or auto")
+        if dtype == torch.float32:
+            raise DeviceError(f"attention {asked} computes in fp16 and bf16 only: set precision, or use sdpa or auto")
+        if find_spec("flash_attn") is None:
+            raise Unavailable(f"attention {asked} needs the package flash-attn, which is not installed")
+    return asked
 
 
 def grad_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

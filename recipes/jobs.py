@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from onegpu.adapters import OnegpuError, RecipeError, Stack, Unavailable, artefact, load_base
-from onegpu.adapters.base import any_skeleton, refuse_foreign_packing, settled, skeleton_of
+from onegpu.adapters.base import any_skeleton, choose_attention, refuse_foreign_packing, settled, skeleton_of
 from onegpu.adapters.contract import LoadOptions
-from onegpu.adapters.device import Hardware, compute_dtype, detect
+from onegpu.adapters.device import Attention, Hardware, compute_dtype, detect
 from onegpu.adapters.errors import brief, noted, together
 from onegpu.adapters.files import there
 from onegpu.adapters.isolation import answerable
@@ -109,6 +109,7 @@ class Job:
             kind=self.loaded.task.model_kind(),
             labels=self.reader.labels,
             precision=recipe.train.precision,
+            attention=recipe.train.attention,
             seed=recipe.train.seed,
             hardware=self.hardware,
         )
@@ -232,11 +233,16 @@ def _fit(
     if usable is None:  # nothing more can be told of a base that cannot be read
         raise together(found)
     checkpointing = settings.gradient_checkpointing is not None
+    attention: Attention = "auto"
+    with noted(found), loaded.place("train", "attention"):
+        choose_attention(usable, settings.attention, dtype, hardware)
+        attention = settings.attention
     with noted(found):
         options = settled(
             usable,
             loaded.stack,
             dtype=dtype,
+            attention=attention,
             hardware=hardware,
             checkpointing=checkpointing,
             at=lambda index: loaded.place("adapters", index),

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from onegpu.adapters.device import Precision
+from onegpu.adapters.device import Attention, Precision
 
 __all__ = ["HIGHEST_RATE", "Best", "Checkpointing", "Recipe", "Train"]
 
@@ -98,6 +98,9 @@ class Train(_Strict):
 
     precision: Precision = "auto"
     """What the frozen base is held and computed in; trained tensors are float32 always."""
+
+    attention: Attention = "auto"
+    """transformers' implementation of attention: the model's own choice, but for plain products in bf16 on a CPU."""
 
     gradient_checkpointing: Annotated[
         Checkpointing | None,

@@ -9,7 +9,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DebertaV2Config,
+    Gemma2Config,
+    PreTrainedModel,
+    T5Config,
+)
 
 from onegpu.adapters import DeviceError, PluginError, RecipeError, StackError, TargetError, attach, load_base
 from onegpu.adapters.base import footprint, load_options
@@ -49,6 +57,31 @@ def test_fp16_on_a_cpu_is_refused(tiny: dict[str, Path]) -> None:
     with pytest.raises(DeviceError, match="fp16 needs a CUDA device") as caught:
         load_base(str(tiny["plain"]), precision="fp16", hardware=Hardware("cpu"))
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_base_has_the_attention_asked_for(tiny: dict[str, Path], attention: Any) -> None:
+    for precision in ("fp32", "bf16"):
+        model = load_base(str(tiny["plain"]), precision=precision, attention=attention, hardware=Hardware("cpu"))
+        assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "told"),
+    [
+        (Gemma2Config, "causal-lm", "Gemma2ForCausalLM has no attention sdpa"),
+        (
+            DebertaV2Config,
+            "sequence-classification",
+            "attention of DebertaV2ForSequenceClassification cannot be chosen",
+        ),
+    ],
+)
+def test_attention_that_a_model_does_not_have_is_refused(config: Any, kind: Any, told: str, tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config(vocab_size=16, **small).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=told):
+        load_options(str(tmp_path), [], kind=kind, precision="fp32", attention="sdpa")
 
 
 @pytest.mark.parametrize("name", ["plain", "tied", "wide-heads", "gpt2", "bert", "roberta"])

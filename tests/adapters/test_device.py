@@ -1,8 +1,17 @@
 import pytest
 import torch
 
-from onegpu.adapters import DeviceError
-from onegpu.adapters.device import Hardware, Precision, attention, compute_dtype, detect, grad_scaler, peak_memory
+from onegpu.adapters import DeviceError, Unavailable, device
+from onegpu.adapters.device import (
+    Attention,
+    Hardware,
+    Precision,
+    attention_of,
+    compute_dtype,
+    detect,
+    grad_scaler,
+    peak_memory,
+)
 
 CPU = Hardware("cpu")
 T4 = Hardware("cuda", (7, 5), "T4")
@@ -91,4 +100,31 @@ def test_peak_memory_of_a_process_is_in_bytes() -> None:
 def test_attention_is_the_model_s_own_choice_except_for_bf16_on_a_cpu(
     hardware: Hardware, dtype: torch.dtype, expected: str | None
 ) -> None:
-    assert attention(dtype, hardware) == expected
+    assert attention_of("auto", dtype, hardware) == expected
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_that_was_asked_for_is_taken(name: Attention) -> None:
+    assert attention_of(name, torch.bfloat16, CPU) == name
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "message"),
+    [
+        (CPU, torch.bfloat16, "needs a CUDA device of capability 8.0"),
+        (T4, torch.float16, "needs a CUDA device of capability 8.0"),
+        (A100, torch.float32, "fp16 and bf16 only"),
+        (A100, torch.bfloat16, "flash-attn, which is not installed"),
+    ],
+)
+def test_flash_attention_is_refused_where_it_cannot_be(
+    hardware: Hardware, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match=message):
+        attention_of("flash_attention_2", dtype, hardware)
+
+
+def test_flash_attention_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: name)
+    assert attention_of("flash_attention_2", torch.bfloat16, A100) == "flash_attention_2"

@@ -125,6 +125,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "schedule": ({}, "cosine", "rates"),
     "warmup": ({}, 2, "rates"),
     "precision": ({}, "bf16", "loss"),
+    "attention": ({}, "eager", "attention"),
     "gradient_checkpointing": ({}, True, "layers"),
     "compile": ({}, True, "compiled"),
     "evaluate_every": ({}, 2, "evaluations"),
@@ -187,16 +188,17 @@ def observed(
 
     objective, forward = Chat.objective, LlamaMLP.forward
 
-    def counting(what: str, real: Any) -> Any:
-        def call(*given: Any, **named: Any) -> Any:
-            counted[what] += 1
-            return real(*given, **named)
+    def passing(task: Chat, model: Any, batch: Any) -> Any:
+        counted.update(passes=counted["passes"] + 1, attention=model.config._attn_implementation)
+        return objective(task, model, batch)
 
-        return call
+    def layer(*given: Any) -> Any:
+        counted["layers"] += 1
+        return forward(*given)  # type: ignore[no-untyped-call]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Chat, "objective", counting("passes", objective))
-        patch.setattr(LlamaMLP, "forward", counting("layers", forward))
+        patch.setattr(Chat, "objective", passing)
+        patch.setattr(LlamaMLP, "forward", layer)
         patch.setattr(torch.nn.Module, "compile", lambda self, **_: counted.update(compiled=counted["compiled"] + 1))
         patch.setattr(
             Display, "line", lambda self, label, text: label in ("best", "note") and counted["told"].append(text)

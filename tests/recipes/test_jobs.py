@@ -1,6 +1,7 @@
 """Everything that can be told before weights are read is told then, and at once."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -182,6 +183,13 @@ def test_only_what_is_missing_here_is_exit_3(
     monkeypatch.setattr(jobs, "detect", lambda: old)
     with pytest.raises(Unavailable, match="only emulates bf16"):
         preflight(chat_recipe(base=without_weights, train={"precision": "bf16"}))
+
+
+def test_attention_that_is_not_there_is_told_once_with_its_place(chat_recipe: Recipe, without_weights: Path) -> None:
+    with pytest.raises(Unavailable) as caught:
+        preflight(chat_recipe(base=without_weights, train={"attention": "flash_attention_2"}))
+    assert re.fullmatch(r"recipe.yaml:\d+: attention flash_attention_2 needs a CUDA device .*", str(caught.value))
+    assert caught.value.exit_code == 3
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
