@@ -80,6 +80,8 @@ CASES = {
         "exact_match",
         {ADAPTER: [], FULL: _full(5e-5)},
         _task("chat", **HELD_OUT),
+        "before, the form of an answer is wrong; of two letters one is right by chance in half of the rows, and in so "
+        "few steps the model learns the form",
     ),
     "preferred answers": Case(
         "prefer-answers",

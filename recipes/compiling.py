@@ -6,8 +6,9 @@ others than those of a step, and layers would be compiled anew for each kind.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,10 @@ from onegpu.adapters.structure import modules
 
 from .evaluation import plainly
 
-__all__ = ["Compilation", "compile_layers"]
+__all__ = ["Compilation", "Watched", "compile_layers", "watching"]
 
-ROUNDING = 16  # units in the last place by which a gradient may differ, as a share of its norm
+ROUNDING = 16  # units in the last place by which an output or a gradient may differ, as a share of its norm
 LEAST = 1e-4  # of it, in any precision: sums are taken in another order
-
-Gradient = Callable[[Sequence[nn.Parameter]], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,59 @@ class Compilation:
         return f"steps run compiled; compiling took {self.seconds:.0f} s" if self.on else ""
 
 
-def compile_layers(stack: Stack, gradient: Gradient) -> Compilation:
-    """Compile the layers of a stack's base, and compare a gradient with that of the plain layers.
+@dataclass
+class Watched:
+    """What a base gave to its head, and the gradient of that along a direction which is always the same.
+
+    Not the gradient of the loss: where that is a difference of nearly equal terms, as with preferences, little is left
+    of it but rounding.
+    """
+
+    output: Tensor | None = None  # (batch, positions, hidden)
+    gradient: tuple[Tensor | None, ...] = ()
+
+    def look_back(self, stack: Stack) -> None:
+        """Find the gradient, of all that is trained."""
+        if self.output is None or not self.output.requires_grad:  # what is trained stands behind the layers
+            return
+        along = torch.randn(self.output.shape, generator=torch.Generator().manual_seed(0)).to(self.output)
+        trained = [p for p in stack.trainable().values() if p.requires_grad]
+        self.gradient = torch.autograd.grad(self.output, trained, along, allow_unused=True)
+
+
+@contextmanager
+def watching(stack: Stack) -> Iterator[Watched]:
+    """See what the base gives to its head inside the block."""
+    watched = Watched()
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        watched.output = output[0]
+
+    base = stack.root.base_model
+    assert isinstance(base, nn.Module)
+    handle = base.register_forward_hook(hook)
+    try:
+        yield watched
+    finally:
+        handle.remove()
+
+
+def compile_layers(stack: Stack, step: Callable[[], Watched]) -> Compilation:
+    """Compile the layers of a stack's base, and compare what they give with what the plain layers do.
 
     Args:
-        gradient: of a batch over some parameters; of the same one at each call.
+        step: what is to be compiled, watched; over the same batch at each call.
     """
     began = time.perf_counter()
     layers = list(_layers(stack))
     if not layers:
         return Compilation(tried=True, fault="the model has no list of layers")
-    plain = _taken(stack, gradient)
+    plain = _in_training(stack, step)
     for layer in layers:
         # Dropout draws what it draws otherwise. One kernel serves all lengths.
         layer.compile(dynamic=True, options={"fallback_random": True})
     try:
-        found = _taken(stack, gradient)
+        found = _in_training(stack, step)
     except RuntimeError as cause:  # what torch says of a missing compiler, and of what it cannot compile
         told = [line for line in str(cause).splitlines() if line.strip() and not line.endswith("raised:")]
         return Compilation(tried=True, fault=next(iter(told), type(cause).__name__))
@@ -81,30 +117,41 @@ def _layers(stack: Stack) -> Iterator[nn.Module]:
         yield from (found[f"{path}.{i}"] for i in range(length))
 
 
-def _taken(stack: Stack, gradient: Gradient) -> list[Tensor | None]:
-    """A gradient in training mode; mode and random numbers are afterwards what they were."""
+def _in_training(stack: Stack, step: Callable[[], Watched]) -> Watched:
+    """A step in training mode; mode and random numbers are afterwards what they were."""
     training = {module: module.training for module in stack.model.modules()}
     stack.model.train()
     try:
         with torch.random.fork_rng():
-            return list(gradient([p for p in stack.trainable().values() if p.requires_grad]))
+            return step()
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def _apart(stack: Stack, plain: list[Tensor | None], found: list[Tensor | None]) -> str:
-    """Why two gradients are not the same up to rounding; nothing where they are."""
-    if [g is None for g in plain] != [g is None for g in found]:
+def _apart(stack: Stack, plain: Watched, found: Watched) -> str:
+    """Why two steps are not the same up to rounding; nothing where they are."""
+    if plain.output is None or found.output is None:
+        return "the model does not call its base, so nothing can be compared"
+    if [g is None for g in plain.gradient] != [g is None for g in found.gradient]:
         return "it gives other tensors a gradient"
-    length = _norm([g for g in plain if g is not None])
-    apart = _norm([a - b for a, b in zip(plain, found, strict=True) if a is not None and b is not None])
     eps = max(torch.finfo(p.dtype).eps for p in stack.root.parameters() if p.is_floating_point())
-    share = apart / length if length else apart
-    if share <= max(LEAST, ROUNDING * eps):
-        return ""
-    return f"it gives another gradient, by {share:.1e} of its norm"
+    compared = {"output": ([plain.output], [found.output]), "gradient": (plain.gradient, found.gradient)}
+    for what, (one, other) in compared.items():
+        share = _difference(one, other)
+        if not share <= max(LEAST, ROUNDING * eps):  # nor where it is not a number
+            return f"it gives another {what}, by {share:.1e} of its norm"
+    return ""
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return float(nn.utils.get_total_norm(tensors))
+def _difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+    """Norm of the difference of two lists of tensors, as a share of the norm of the first."""
+    pairs = [
+        (a.detach().float(), b.detach().float())
+        for a, b in zip(one, other, strict=True)
+        if a is not None and b is not None
+    ]
+    length, apart = (
+        float(nn.utils.get_total_norm(tensors)) for tensors in ([a for a, _ in pairs], [a - b for a, b in pairs])
+    )
+    return apart / length if length else apart

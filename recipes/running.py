@@ -2,14 +2,14 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from onegpu.adapters import OnegpuError, ProofFailed, RecipeError, Stack, StorageError, artefact, attach, load
@@ -19,7 +19,7 @@ from onegpu.adapters.files import move, write_json
 from onegpu.adapters.fingerprints import fingerprint
 from onegpu.adapters.fitting import check_base
 
-from .compiling import Compilation, compile_layers
+from .compiling import Compilation, Watched, compile_layers, watching
 from .data.batches import micro_batches
 from .display import Display, human_bytes
 from .evaluation import on_device, shown, surveyed
@@ -221,13 +221,14 @@ def _compiled(session: Session) -> Compilation:
     batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
     (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
 
-    def gradient(parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    def step() -> Watched:
         with s.task.at_work(s.model):
-            with s.evaluator.autocast:
-                objective = s.task.objective(s.model, batch)
-            return torch.autograd.grad(objective.total, parameters, allow_unused=True)
+            with watching(s.stack) as watched, s.evaluator.autocast:
+                s.task.objective(s.model, batch)
+            watched.look_back(s.stack)
+            return watched
 
-    return compile_layers(s.stack, gradient)
+    return compile_layers(s.stack, step)
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:
