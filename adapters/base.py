@@ -78,7 +78,7 @@ def load_base(
 
     Raises:
         RecipeError: the source is wrong, or the checkpoint lacks tensors of the backbone.
-        DeviceError, Unavailable: the device, or what is installed, cannot do what was asked for.
+        DeviceError: the device cannot do what was asked for.
     """
     hardware = hardware or detect()
     found = source if isinstance(source, Source) else locate(source, revision=revision)
@@ -147,7 +147,7 @@ def load_options(
     dtype = compute_dtype(precision, hardware)
     skeleton = skeleton_of(place, kind, revision)
     refuse_foreign_packing(skeleton, place, stack)
-    choose_attention(skeleton, attention, dtype, hardware)
+    choose_attention(skeleton, attention)
     return settled(skeleton, stack, dtype=dtype, attention=attention, hardware=hardware)
 
 
@@ -196,19 +196,18 @@ def settled(
     return options
 
 
-def choose_attention(skeleton: PreTrainedModel, asked: Attention, dtype: torch.dtype, hardware: Hardware) -> None:
+def choose_attention(skeleton: PreTrainedModel, asked: Attention) -> None:
     """Let a model without weights have the attention that was asked for.
 
     Raises:
         RecipeError: it is none of this model's.
-        DeviceError, Unavailable: the device, or what is installed, cannot compute it.
     """
-    name, kind = attention_of(asked, dtype, hardware), type(skeleton).__name__
-    if name is None or asked == "auto":
+    if asked == "auto":
         return
-    with quietly(), readable(f"{kind} has no attention {name}"):
-        skeleton.set_attn_implementation(name)
-    if skeleton.config._attn_implementation != name:  # transformers warns, and leaves it as it was
+    kind = type(skeleton).__name__
+    with quietly(), readable(f"{kind} has no attention {asked}"):
+        skeleton.set_attn_implementation(asked)
+    if skeleton.config._attn_implementation != asked:  # transformers warns, and leaves it as it was
         raise RecipeError(f"the attention of {kind} cannot be chosen: leave it on auto")
 
 

@@ -69,7 +69,7 @@ class LoadOptions:
     dtype: torch.dtype  # of every base tensor that is not packed
     device: torch.device
     autocast: torch.dtype | None = None  # compute dtype where the base itself trains in `dtype`
-    attention: str | None = None  # transformers' name of the implementation; None for the model's own choice
+    attention: str | None = None  # transformers' name of the implementation; None for the model's own; settled last
     quantization_config: object | None = None  # handed to transformers
     after_load: tuple[Callable[[nn.Module], None], ...] = ()  # run once on the model just read
 

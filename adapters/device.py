@@ -6,12 +6,11 @@ Decisions take a `Hardware`, so that they can be tested with one that is not the
 import resource
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-from .errors import DeviceError, Unavailable
+from .errors import DeviceError
 
 __all__ = [
     "Attention",
@@ -25,7 +24,7 @@ __all__ = [
 ]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Attention = Literal["auto", "eager", "sdpa"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,21 +77,10 @@ def attention_of(asked: Attention, dtype: torch.dtype, hardware: Hardware) -> st
 
     `auto` is the fast one: the backward pass of torch's fused attention in bf16 is several times slower on a CPU than
     plain matrix products.
-
-    Raises:
-        DeviceError: the device, or the dtype, is none that it computes.
-        Unavailable: its package is not installed. transformers would fetch another implementation from a hub.
     """
-    if asked == "auto":
-        return "eager" if hardware.kind == "cpu" and dtype == torch.bfloat16 else None
-    if asked == "flash_attention_2":
-        if (hardware.capability or (0, 0)) < (8, 0):
-            raise DeviceError(f"attention {asked} needs a CUDA device of capability 8.0: use sdpa, eager or auto")
-        if dtype == torch.float32:
-            raise DeviceError(f"attention {asked} computes in fp16 and bf16 only: set precision, or use sdpa or auto")
-        if find_spec("flash_attn") is None:
-            raise Unavailable(f"attention {asked} needs the package flash-attn, which is not installed")
-    return asked
+    if asked != "auto":
+        return asked
+    return "eager" if hardware.kind == "cpu" and dtype == torch.bfloat16 else None
 
 
 def grad_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

@@ -54,7 +54,7 @@ class Compilation:
 
 @dataclass
 class Watched:
-    """What a base gave to its head, and the gradient of that along a direction which is always the same.
+    """What came out of the last layers, and the gradient of that along a direction which is always the same.
 
     Not the gradient of the loss: where that is a difference of nearly equal terms, as with preferences, little is left
     of it but rounding.
@@ -67,33 +67,35 @@ class Watched:
         """Find the gradient, of all that is trained."""
         if self.output is None or not self.output.requires_grad:  # what is trained stands behind the layers
             return
-        along = torch.randn(self.output.shape, generator=torch.Generator().manual_seed(0)).to(self.output)
+        along = torch.randn(self.output.shape, generator=torch.Generator().manual_seed(0))
+        along = along.to(self.output) / self.output.shape[1] ** 0.5  # gradients of fp16 do not overflow
         trained = [p for p in stack.trainable().values() if p.requires_grad]
         self.gradient = torch.autograd.grad(self.output, trained, along, allow_unused=True)
 
 
 @contextmanager
 def watching(stack: Stack) -> Iterator[Watched]:
-    """See what the base gives to its head inside the block."""
+    """See inside the block what the module gives that holds the layers; of an encoder and a decoder, the decoder."""
     watched = Watched()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         watched.output = output[0]
 
-    base = stack.root.base_model
-    assert isinstance(base, nn.Module)
-    handle = base.register_forward_hook(hook)
+    holders = [path.rpartition(".")[0] for path, _ in stack.layers.stacks]
+    holder = dict(modules(stack.root))[holders[-1]] if any(holders) else stack.root
+    handle = holder.register_forward_hook(hook)
     try:
         yield watched
     finally:
         handle.remove()
 
 
-def compile_layers(stack: Stack, step: Callable[[], Watched]) -> Compilation:
+def compile_layers(stack: Stack, step: Callable[[], Watched], dtype: torch.dtype) -> Compilation:
     """Compile the layers of a stack's base, and compare what they give with what the plain layers do.
 
     Args:
         step: what is to be compiled, watched; over the same batch at each call.
+        dtype: what it is computed in.
     """
     began = time.perf_counter()
     layers = list(_layers(stack))
@@ -108,7 +110,7 @@ def compile_layers(stack: Stack, step: Callable[[], Watched]) -> Compilation:
     except RuntimeError as cause:  # what torch says of a missing compiler, and of what it cannot compile
         told = [line for line in str(cause).splitlines() if line.strip() and not line.endswith("raised:")]
         return Compilation(tried=True, fault=next(iter(told), type(cause).__name__))
-    return Compilation(tried=True, fault=_apart(stack, plain, found), seconds=time.perf_counter() - began)
+    return Compilation(tried=True, fault=_apart(plain, found, dtype), seconds=time.perf_counter() - began)
 
 
 def _layers(stack: Stack) -> Iterator[nn.Module]:
@@ -129,17 +131,17 @@ def _in_training(stack: Stack, step: Callable[[], Watched]) -> Watched:
             module.training = mode
 
 
-def _apart(stack: Stack, plain: Watched, found: Watched) -> str:
+def _apart(plain: Watched, found: Watched, dtype: torch.dtype) -> str:
     """Why two steps are not the same up to rounding; nothing where they are."""
-    if plain.output is None or found.output is None:
-        return "the model does not call its base, so nothing can be compared"
+    if plain.output is None or found.output is None or not plain.output.numel():
+        return "nothing comes out of the layers that could be compared"
     if [g is None for g in plain.gradient] != [g is None for g in found.gradient]:
         return "it gives other tensors a gradient"
-    eps = max(torch.finfo(p.dtype).eps for p in stack.root.parameters() if p.is_floating_point())
+    rounding = max(LEAST, ROUNDING * torch.finfo(dtype).eps)
     compared = {"output": ([plain.output], [found.output]), "gradient": (plain.gradient, found.gradient)}
     for what, (one, other) in compared.items():
         share = _difference(one, other)
-        if not share <= max(LEAST, ROUNDING * eps):  # nor where it is not a number
+        if not share <= rounding:  # nor where it is not a number
             return f"it gives another {what}, by {share:.1e} of its norm"
     return ""
 

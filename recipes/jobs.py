@@ -235,7 +235,7 @@ def _fit(
     checkpointing = settings.gradient_checkpointing is not None
     attention: Attention = "auto"
     with noted(found), loaded.place("train", "attention"):
-        choose_attention(usable, settings.attention, dtype, hardware)
+        choose_attention(usable, settings.attention)
         attention = settings.attention
     with noted(found):
         options = settled(

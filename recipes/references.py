@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from onegpu.adapters import PluginError
+
 from .evaluation import Refer
 from .tasks import Batch, Example, Task
 
@@ -14,7 +16,7 @@ class References:
     """Answers of the reference model, by example; epochs after the first one find them here.
 
     An answer is remembered as it was given beside the others of its batch. A run that goes on asks in the same batches
-    again, so that it has the same bits.
+    again, so that it has the same bits. Each process of several remembers what itself asked.
     """
 
     def __init__(self, task: Task, refer: Refer, *, examples: int, again: bool) -> None:
@@ -38,9 +40,18 @@ class References:
         if all(example.row in self._known for example in examples):
             return batch | self._recalled(examples, batch)
         said = self._refer(batch)
-        for i, example in enumerate(examples):
-            self._known[example.row] = {name: answer[i :: len(examples)].tolist() for name, answer in said.items()}
+        self._remember(examples, said)
         return batch | said
+
+    def _remember(self, examples: Sequence[Example], said: Batch) -> None:
+        for name, answer in said.items():
+            if answer.dim() != 1 or len(answer) % len(examples) or answer.dtype != torch.float32:
+                raise PluginError(
+                    f"the task says `refers_once`, and `refer` gives {list(answer.shape)} of {answer.dtype} as {name!r}"
+                    f" for {len(examples)} examples: it must be so many float32 numbers, or a multiple"
+                )
+            for example, own in zip(examples, answer.view(-1, len(examples)).T.tolist(), strict=True):
+                self._known.setdefault(example.row, {})[name] = own
 
     def _recalled(self, examples: Sequence[Example], batch: Batch) -> Batch:
         known, device = [self._known[example.row] for example in examples], batch["input_ids"].device

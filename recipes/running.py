@@ -204,7 +204,7 @@ def _session(
     display.line("trains", f"{trained:,} of {parameters:,} parameters ({trained / parameters:.2%})")
     _describe_groups(groups, settings.learning_rate, display)
     if settings.compile:
-        session.compilation = _compiled(session)
+        session.compilation = _compiled(session, dtype)
         facts["compiled"] = session.compilation.on
     for text in (remark, not_offloaded, session.compilation.line(), unreached_peak(settings, job.steps)):
         if text:
@@ -214,7 +214,7 @@ def _session(
     return session, save
 
 
-def _compiled(session: Session) -> Compilation:
+def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
     """Compiled on the first batch of all, in a run that goes on, too: the same kernels give the same bytes."""
     s = session
     chunk = s.evaluator.cut(s.task.prepare([s.examples[i] for i in s.plan.window(0)], s.plan.window_seed(0)))[0]
@@ -228,7 +228,7 @@ def _compiled(session: Session) -> Compilation:
             watched.look_back(s.stack)
             return watched
 
-    return compile_layers(s.stack, step)
+    return compile_layers(s.stack, step, dtype)
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:

@@ -70,7 +70,7 @@ class Session:
     test: dict[str, float] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)  # what a resumed run went on in spite of
     proof: StepProof = field(init=False)  # made at once: a stack that is not what it declares must not start
-    references: References = field(init=False)
+    references: References = field(init=False)  # what the reference model said
     verdict: str = ""  # of the step proof, once the last step is done
     best_restored: bool = False  # the stack holds the adapter of the best evaluation again, not that of the last step
 
@@ -119,7 +119,8 @@ def train(s: Session) -> str:
     if s.step == 0:
         with s.stack.base_only():
             _evaluate(s)
-    _remember(s)
+    if 0 < s.step < s.steps and not s.selection.exhausted:
+        _remember(s)
     s.model.train()
     base_seen, untrained = False, Untrained.of(s.stack)
     with asked_to_stop() as asked, s.display.training(s.steps, s.step) as bar:
@@ -187,10 +188,12 @@ def _window(s: Session, step: int) -> Sequence[Example]:
 
 def _remember(s: Session) -> None:
     """In a run that goes on, hear again what the reference model had said by then, in the same batches."""
+    if not s.references.complete:
+        s.display.line("reference", "is asked again what it had said")
     for step in range(s.step):
         if s.references.complete:
             break
-        for _ in _batches(s, _window(s, step)):
+        for _ in _referred(s, _window(s, step)):
             pass
 
 
@@ -237,17 +240,20 @@ def _accumulate(s: Session, window: Sequence[Example], trainable: dict[str, nn.P
 
 def _batches(s: Session, window: Sequence[Example]) -> Iterator[Batch]:
     """This process's share of a window, with what the reference model and the whole window say of each batch."""
-    chunks = s.evaluator.cut(window)
-    own = chunks[s.accelerator.process_index :: s.accelerator.num_processes]
-    batches = ((chunk, on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)) for chunk in own)
-    referred = (s.references(chunk, batch) for chunk, batch in batches)
     return surveyed(
         s.task,
         s.model,
-        referred,
+        _referred(s, window),
         autocast=s.evaluator.autocast,
         reduce=lambda total: s.accelerator.reduce(total, "sum"),
     )
+
+
+def _referred(s: Session, window: Sequence[Example]) -> Iterator[Batch]:
+    """This process's share of a window, with what the reference model says of each batch."""
+    chunks = s.evaluator.cut(window)
+    for chunk in chunks[s.accelerator.process_index :: s.accelerator.num_processes]:
+        yield s.references(chunk, on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device))
 
 
 def _check_finite(s: Session, objective: Objective, batch: Batch) -> None:

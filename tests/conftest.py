@@ -60,7 +60,7 @@ Noise = Callable[[dict[str, torch.nn.Parameter]], None]
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: no collection of garbage looks through it again, a third of the time of a tiny run."""
+    """What was imported stays: no collection of garbage has to look through it again."""
     gc.collect()
     gc.freeze()
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from onegpu.adapters import DeviceError, Unavailable, device
+from onegpu.adapters import DeviceError
 from onegpu.adapters.device import (
     Attention,
     Hardware,
@@ -106,25 +106,3 @@ def test_attention_is_the_model_s_own_choice_except_for_bf16_on_a_cpu(
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_attention_that_was_asked_for_is_taken(name: Attention) -> None:
     assert attention_of(name, torch.bfloat16, CPU) == name
-
-
-@pytest.mark.parametrize(
-    ("hardware", "dtype", "message"),
-    [
-        (CPU, torch.bfloat16, "needs a CUDA device of capability 8.0"),
-        (T4, torch.float16, "needs a CUDA device of capability 8.0"),
-        (A100, torch.float32, "fp16 and bf16 only"),
-        (A100, torch.bfloat16, "flash-attn, which is not installed"),
-    ],
-)
-def test_flash_attention_is_refused_where_it_cannot_be(
-    hardware: Hardware, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "find_spec", lambda name: None)
-    with pytest.raises(Unavailable, match=message):
-        attention_of("flash_attention_2", dtype, hardware)
-
-
-def test_flash_attention_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "find_spec", lambda name: name)
-    assert attention_of("flash_attention_2", torch.bfloat16, A100) == "flash_attention_2"

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
-from onegpu.adapters import ProofFailed, RecipeError
+from onegpu.adapters import ProofFailed, RecipeError, attach
 from onegpu.recipes import Loaded, Outcome, compiling, training
-from onegpu.recipes.compiling import Compilation
+from onegpu.recipes.compiling import Compilation, watching
 from onegpu.recipes.display import Display
 from onegpu.recipes.evaluation import evaluating
+from onegpu.recipes.tasks.output_head import before_head
 from onegpu.recipes.training import Session
 
 Recipe = Callable[..., Loaded]
@@ -170,6 +172,21 @@ def test_a_model_without_layers_says_so(chat_recipe: Recipe, run: Run, told: lis
     monkeypatch.setattr(compiling, "_layers", lambda stack: iter(()))
     run(chat_recipe(train=SETTINGS | {"compile": True}), "compiled")
     assert "note steps run without torch.compile: the model has no list of layers" in told
+
+
+def test_of_an_encoder_and_a_decoder_what_the_decoder_gives_is_watched() -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=16, d_model=8, d_ff=16, d_kv=4, num_layers=2, num_heads=2, dropout_rate=0.0)
+    config.decoder_start_token_id = 0
+    stack = attach(T5ForConditionalGeneration(config), LORA)
+    tokens = torch.tensor([[1, 2, 3]])
+    with watching(stack) as watched:
+        before_head(stack.model, {"input_ids": tokens, "decoder_input_ids": tokens})  # whose own logits are empty
+    watched.look_back(stack)
+    assert watched.output is not None
+    assert watched.output.shape == (1, 3, 8)
+    gradients = dict(zip(stack.trainable(), watched.gradient, strict=True))
+    assert {name.split(".")[0] for name, g in gradients.items() if g is not None and g.any()} == {"encoder", "decoder"}
 
 
 def test_hooks_see_modules_that_run_plainly() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from onegpu.adapters import Adapter, Capabilities, RecipeError, StackError, Unavailable, attach, load_base
 from onegpu.adapters.device import Hardware
@@ -185,11 +185,13 @@ def test_only_what_is_missing_here_is_exit_3(
         preflight(chat_recipe(base=without_weights, train={"precision": "bf16"}))
 
 
-def test_attention_that_is_not_there_is_told_once_with_its_place(chat_recipe: Recipe, without_weights: Path) -> None:
-    with pytest.raises(Unavailable) as caught:
-        preflight(chat_recipe(base=without_weights, train={"attention": "flash_attention_2"}))
-    assert re.fullmatch(r"recipe.yaml:\d+: attention flash_attention_2 needs a CUDA device .*", str(caught.value))
-    assert caught.value.exit_code == 3
+def test_attention_that_a_base_does_not_have_is_told_once_with_its_place(
+    chat_recipe: Recipe, without_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    with pytest.raises(RecipeError) as caught:
+        preflight(chat_recipe(base=without_weights, train={"attention": "sdpa"}))
+    assert re.fullmatch(r"recipe.yaml:\d+: LlamaForCausalLM has no attention sdpa: .*", str(caught.value))
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------

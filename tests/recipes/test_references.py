@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from onegpu.adapters import Interrupted
+from onegpu.adapters import Interrupted, PluginError
 from onegpu.recipes import Loaded, Outcome, parse_recipe, training
 from onegpu.recipes.references import References
 from onegpu.recipes.tasks import Batch, Example
@@ -67,6 +67,16 @@ def test_a_batch_with_a_new_example_is_asked_about_whole() -> None:
     assert not references.complete
 
 
+@pytest.mark.parametrize(
+    "answer", [torch.zeros(2, 2), torch.zeros(3), torch.zeros(2, dtype=torch.float64)], ids=["table", "odd", "double"]
+)
+def test_what_cannot_be_remembered_is_refused(answer: Tensor) -> None:
+    task = Preference.model_validate({"data": "x.jsonl"})
+    references = References(task, lambda batch: {"reference": answer}, examples=4, again=True)
+    with pytest.raises(PluginError, match=r"must be so many float32 numbers, or a multiple"):
+        references(*_batch(1, 2))
+
+
 @pytest.mark.parametrize(("again", "loss"), [(False, "dpo"), (True, "kto"), (True, "simpo")])
 def test_nothing_is_remembered_of_what_comes_once_or_is_never_the_same(again: bool, loss: str) -> None:
     asked = Asked()
@@ -100,24 +110,33 @@ def _losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_a_run_has_the_losses_of_one_that_asks_in_every_epoch(
-    recipe: Callable[..., Loaded], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    batches: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of each batch that the reference is asked about."""
+    found: list[list[int]] = []
     real = Preference.refer
 
     def refer(task: Preference, model: torch.nn.Module, batch: Batch) -> Batch:
-        batches.append(name)
+        found.append(batch["rows"].tolist())
         return real(task, model, batch)
 
     monkeypatch.setattr(Preference, "refer", refer)
-    name = "once"
+    return found
+
+
+def test_a_run_has_the_losses_of_one_that_asks_in_every_epoch(
+    recipe: Callable[..., Loaded],
+    run: Run,
+    asked: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     run(recipe(epochs=4), "once")
+    once = len(asked)
     monkeypatch.setattr(Preference, "refers_once", lambda task: False)
-    name = "always"
     run(recipe(epochs=4), "always")
     # Five rows are two steps, of two passes and one.
-    assert (batches.count("once"), batches.count("always")) == (3, 12)
+    assert (once, len(asked) - once) == (3, 12)
     assert len(_losses(tmp_path / "once")) == 8
     assert _losses(tmp_path / "once") == pytest.approx(_losses(tmp_path / "always"), abs=1e-6)
 
@@ -127,12 +146,14 @@ def test_a_run_that_goes_on_hears_the_same_bits(
     stopped: int,
     recipe: Callable[..., Loaded],
     run: Run,
+    asked: list[list[int]],
     saved_tensors: Callable[[Path], dict[str, Tensor]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     loaded = recipe(epochs=3, checkpoint_every=1)
     straight = run(loaded, "straight")
+    first_epoch = asked.copy()
     real = training._checkpoint
 
     def stop(session: Any) -> None:
@@ -144,7 +165,9 @@ def test_a_run_that_goes_on_hears_the_same_bits(
         patch.setattr(training, "_checkpoint", stop)
         with pytest.raises(Interrupted):
             run(loaded, "resumed")
+    asked.clear()
     resumed = run(loaded, "resumed", resume=True)
+    assert asked == first_epoch
     assert _losses(tmp_path / "resumed") == _losses(tmp_path / "straight")
     ours, theirs = saved_tensors(resumed.adapter), saved_tensors(straight.adapter)
     assert ours.keys() == theirs.keys()
