@@ -217,7 +217,7 @@ def _session(
 def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
     """Compiled on the first batch of all, in a run that goes on, too: the same kernels give the same bytes."""
     s = session
-    chunk = s.evaluator.cut(s.task.prepare([s.examples[i] for i in s.plan.window(0)], s.plan.window_seed(0)))[0]
+    chunk = s.evaluator.cut(s.window(0))[0]
     batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
     (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
 

@@ -94,6 +94,10 @@ class Session:
         """What is called."""
         return self.stack.model
 
+    def window(self, step: int) -> Sequence[Example]:
+        """The examples of a step, counted from 0, as the task wants them for it."""
+        return self.task.prepare([self.examples[i] for i in self.plan.window(step)], self.plan.window_seed(step))
+
     def progress(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint."""
         found = {"step": self.step, "scores": self.scores, "selection": self.selection.state(), "changes": self.changes}
@@ -128,7 +132,7 @@ def train(s: Session) -> str:
             began = time.perf_counter()
             for attachment in s.stack.attachments:
                 attachment.before_step(s.step)
-            window = _window(s, s.step)
+            window = s.window(s.step)
             loss, weight = _accumulate(s, window, trainable)
             for attachment in s.stack.attachments:
                 attachment.after_backward(s.step)
@@ -181,11 +185,6 @@ def train(s: Session) -> str:
     return proof.verdict()
 
 
-def _window(s: Session, step: int) -> Sequence[Example]:
-    """The examples of a step."""
-    return s.task.prepare([s.examples[i] for i in s.plan.window(step)], s.plan.window_seed(step))
-
-
 def _remember(s: Session) -> None:
     """In a run that goes on, hear again what the reference model had said by then, in the same batches."""
     if not s.references.complete:
@@ -193,7 +192,7 @@ def _remember(s: Session) -> None:
     for step in range(s.step):
         if s.references.complete:
             break
-        for _ in _referred(s, _window(s, step)):
+        for _ in _referred(s, s.window(step)):
             pass
 
 
