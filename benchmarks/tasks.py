@@ -1,4 +1,4 @@
-"""What each task's packaged recipe comes to, beside full training and a probe of the frozen base, over several seeds.
+"""What the packaged recipes of the tasks come to, beside full training and a probe of the frozen base, over seeds.
 
     python benchmarks/tasks.py run RUNS [--only NAME ...] [--variants NAME ...] [--seeds 0 1 2]
     python benchmarks/tasks.py keep RUNS
@@ -27,6 +27,7 @@ KEPT = Path(__file__).parent / "results/tasks.jsonl"
 ENVIRONMENT = "environment"  # in a run folder: what it was trained with
 ADAPTER, FULL, PROBE, FOUR_BITS = "adapter", "full", "probe", "nf4"
 NEAR = 0.015  # of `full`, where an adapter is said to be as good
+SMALL = 0.05  # of the base's parameters, which an adapter is expected to train at most
 # Measured before and after only, on rows that nothing is chosen by.
 PLAIN = ("train.best=null", "train.evaluate_every=null", "train.checkpoint_every=null", "train.precision=bf16")
 
@@ -88,15 +89,16 @@ CASES = {
         "accuracy",
         {ADAPTER: ["adapters=[lora: {rank: 16}]"], FOUR_BITS: []},
         [*_task("preference", limit=None, evaluation=0.1), "train.steps=null", "train.epochs=6"],
-        "before training the policy is its reference, and a tie counts as wrong; trained in full, the base would be no "
-        "reference any more",
+        "chance is 0.5; before training the policy is its reference, and a tie counts as wrong; trained in full, the "
+        "base would be no reference any more",
     ),
     "rewarded answers": Case("reward-answers", "accuracy", {ADAPTER: []}),
     "translation": Case(
         "translate-interface",
         "chrf",
         {ADAPTER: []},
-        note="trained in full, the base has a pooler that nothing reads, and the run stops at it",
+        note="the decoder's attention to the encoder starts random, and is trained beside the adapter; trained in "
+        "full, the base has a pooler that nothing reads, and the run stops at it",
         share=False,
     ),
     "translation by a chat model": Case("complete-translations", "chrf", {ADAPTER: [], FULL: _full(5e-5)}, share=False),
@@ -155,6 +157,7 @@ class Result:
     metric: str
     before: float
     after: float
+    base: str  # its source
     stack: str
     trained: int  # parameters
     share: float  # of the base's
@@ -200,6 +203,7 @@ def read_result(folder: Path, name: str, variant: str) -> Result:
         metric=metric,
         before=evaluations[0],
         after=evaluations[-1],
+        base=manifest["base"]["source"],
         stack=" + ".join(record["adapter"] for record in manifest["adapters"]),
         trained=trained,
         share=trained / manifest["run"]["parameters"],
@@ -233,7 +237,22 @@ def table() -> str:
             notes += [f"- **{name}**: {remark}." for remark in _remarks(case, found)]
     runs = Counter(result.environment for result in results)
     machines = [f"- {number} run{'s' if number > 1 else ''}: {environment}." for environment, number in runs.items()]
-    return "\n".join([*lines, "", "## Notes", "", *notes, "", "## Runs", "", *machines, ""])
+    sections = [("Notes", notes), ("Settings", list(_settings())), ("Runs", machines)]
+    return "\n".join([*lines, *(line for title, told in sections for line in ("", f"## {title}", "", *told)), ""])
+
+
+def _settings() -> Iterator[str]:
+    """How each run differs from its packaged recipe."""
+    yield f"All: {_shown(PLAIN)}."
+    yield ""
+    for name, case in CASES.items():
+        told = [_shown(case.common)] if case.common else []
+        told += [f"{variant} {_shown(overrides)}" for variant, overrides in case.variants.items() if overrides]
+        yield f"- **{name}**: {'; '.join(told) or 'as packaged'}."
+
+
+def _shown(overrides: Sequence[str]) -> str:
+    return ", ".join(f"`{override}`" for override in overrides)
 
 
 def _row(case: Case, found: Mapping[str, Sequence[Result]]) -> str:
@@ -242,6 +261,7 @@ def _row(case: Case, found: Mapping[str, Sequence[Result]]) -> str:
     cells = [
         first.case,
         f"`{case.recipe}`",
+        f"`{first.base}`",
         first.stack,
         f"{first.rows:,}",
         f"{first.share:.1%}",
@@ -265,6 +285,8 @@ def _spread(results: Sequence[Result] | None) -> str:
 def _remarks(case: Case, found: Mapping[str, Sequence[Result]]) -> Iterator[str]:
     if case.note:
         yield case.note
+    if (share := found[ADAPTER][0].share) > SMALL:
+        yield f"{share:.1%} of the base's parameters are trained, which misses {SMALL:.0%} by {share - SMALL:.1%}"
     ours = {result.seed: result.after for result in found[ADAPTER]}
     for other, what in ((FULL, "full training"), (FOUR_BITS, "the same over a 4-bit base")):
         gaps = [result.after - ours[result.seed] for result in found.get(other, ()) if result.seed in ours]
@@ -276,18 +298,21 @@ def _remarks(case: Case, found: Mapping[str, Sequence[Result]]) -> Iterator[str]
 
 HEAD = """# Results
 
-What each packaged recipe comes to on rows that it held out, written by `python benchmarks/tasks.py table
-docs/results.md` from the run folders of `python benchmarks/tasks.py run RUNS`. No figure was typed.
+What packaged recipes come to on rows that were held out. `python benchmarks/tasks.py run RUNS` trains, `... keep RUNS`
+reads what the run folders say into `benchmarks/results/tasks.jsonl`, and `... table docs/results.md` writes this page
+from that. No figure was typed.
 
 - **share**: trained parameters, heads included, of the base's. **size**: the adapter folder.
 - **before**: the base, with a fresh head where the task has one. **adapter**: after training, the mean of the seeds
   with the smallest and the largest.
 - **probe**: the head alone, on the frozen base, with the same rows and steps. **nf4**: the base in 4 bits.
-- **full**: all of the base, with the same rows and steps.
+- **full**: all of the base, with the same rows and steps, and a rate of its own.
+
+How a run differs from the packaged recipe stands under [Settings](#settings).
 """
 COLUMNS = [
-    "| task | recipe | stack | rows | share | size | metric | before | adapter | probe | nf4 | full |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| task | recipe | base | stack | rows | share | size | metric | before | adapter | probe | nf4 | full |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 ]
 
 

@@ -135,12 +135,15 @@ def evaluate(folder: Path, data: str | None, allow_base_mismatch: bool, as_json:
     DIR is the folder of a run, or an adapter folder.
     """
     from .evaluating import evaluate_folder
+    from .showing import unusable_lines
 
     found = evaluate_folder(folder, data=data, allow_base_mismatch=allow_base_mismatch)
     if as_json:
         print(json.dumps(found._asdict(), indent=2))
         return
     print(f"{found.rows:,} {found.what}")
+    for line in unusable_lines(found.dropped):
+        print(f"  unusable: {line}")
     for name in found.shown:
         base = f"{found.base[name]:>10.4f} without" if name in found.base else ""
         print(f"  {name:<20}{found.adapter[name]:>10.4f}{base}")

@@ -9,11 +9,13 @@ from onegpu.adapters import ArtefactError, RecipeError, artefact, load
 from onegpu.adapters.manifest import Manifest
 
 from .data.dataset import Trained
+from .data.examples import Examples
 from .evaluation import shown
 from .facts import Facts, check_tokenizer, facts_of
 from .jobs import Job, preflight
 from .loading import Loaded, load_recipe, parse_recipe
 from .runfolder import RunFolder, adapter_folder
+from .tasks import Example
 
 __all__ = ["Evaluated", "evaluate_folder"]
 
@@ -27,6 +29,7 @@ class Evaluated(NamedTuple):
     adapter: dict[str, float]
     details: dict[str, Any]
     shown: list[str]  # the scores that a reader looks at
+    dropped: dict[str, list[str]]  # why rows that were given cannot be used -> their places
 
 
 def evaluate_folder(
@@ -50,6 +53,7 @@ def evaluate_folder(
     job = preflight(loaded, trained=Trained(facts.labels, facts.class_weights))
     check_tokenizer(adapter, facts, job.reader.tokenizer, allow=allow_base_mismatch)
     examples, what = _examples(job, data)
+    dropped = job.dataset.dropped if data is not None else {}
     model = job.load_base()
     stack = load(model, adapter, allow_base_mismatch=allow_base_mismatch)
     evaluator, _ = job.evaluator(stack)
@@ -58,12 +62,13 @@ def evaluate_folder(
         with stack.base_only():
             base = evaluator(stack.model, examples).scores
     found = evaluator(stack.model, examples, details=True)
-    return Evaluated(what, len(examples), base, found.scores, found.details, shown(loaded.task, found.scores))
+    read = shown(loaded.task, found.scores)
+    return Evaluated(what, examples.rows, base, found.scores, found.details, read, dropped)
 
 
-def _examples(job: Job, data: str | None) -> tuple[Any, str]:
+def _examples(job: Job, data: str | None) -> tuple[Examples[Example], str]:
     """All rows that were given, or those that are held out."""
-    sides: list[tuple[Any, str]] = [(job.dataset.test, "test rows"), (job.dataset.evaluation, "held-out rows")]
+    sides = [(job.dataset.test, "test rows"), (job.dataset.evaluation, "held-out rows")]
     if data is not None:
         return job.dataset.train, data
     for examples, what in sides:

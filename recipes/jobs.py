@@ -29,7 +29,7 @@ from .data.dataset import Dataset, Gathered, Trained, encode, gather
 from .evaluation import Evaluator, evaluating
 from .facts import check_tokenizer, facts_of
 from .loading import Loaded
-from .selection import choose
+from .selection import choose, of_one_class
 from .tasks import Labels, Reader
 from .teachers import Teacher, find_teacher, referring
 
@@ -135,6 +135,9 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     gathered = None
     with noted(found):
         gathered = gather(loaded, trained)
+    with noted(found), loaded.place("train", "best"):
+        if gathered is not None and of_one_class(loaded.recipe.train.best):
+            choose(loaded.recipe.train.best, loaded.task.directions(gathered.labels))
     if source is None or (found and not source.ready):  # converting a base takes minutes: not for a run that cannot be
         raise together(found)
     with loaded.place("base"):
@@ -208,7 +211,8 @@ def _check_settings(loaded: Loaded, hardware: Hardware, found: list[OnegpuError]
         if recipe.adapter is not None:
             facts_of(recipe.adapter, artefact.read(recipe.adapter).manifest)
     with noted(found), loaded.place("train", "best"):
-        choose(recipe.train.best, task.measures())
+        if not of_one_class(recipe.train.best):
+            choose(recipe.train.best, task.directions(None))
         if recipe.train.best is not None and task.evaluation == "none":
             raise RecipeError("best: nothing is held out to choose by, as `evaluation` is `none`")
     given, least = recipe.train.effective_batch, task.smallest_batch()

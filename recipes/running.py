@@ -182,7 +182,7 @@ def _session(
         plan=job.plan,
         steps=job.steps,
         evaluator=evaluator,
-        selection=choose(settings.best, job.loaded.task.measures()),
+        selection=choose(settings.best, job.loaded.task.directions(job.reader.labels)),
         optimizer=optimizer,
         schedule=make_schedule(settings, optimizer, job.steps),
         scaler=grad_scaler(dtype, job.options.device),
@@ -255,7 +255,11 @@ def _facts(job: Job, groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "task": {job.loaded.task_name: _without_folders(job.loaded.task.model_dump())},
         "train": settings.model_dump(),
-        "data": {"fingerprint": job.gathered.rows.fingerprint, **job.dataset.report()},
+        "data": {
+            "fingerprint": job.gathered.rows.fingerprint,
+            **{f"{name}_fingerprint": rows.fingerprint for name, rows in job.gathered.own.items()},
+            **job.dataset.report(),
+        },
         "labels": list(job.reader.labels) if job.reader.labels else None,
         "class_weights": list(job.reader.class_weights) if job.reader.class_weights else None,
         "groups": groups,
@@ -313,7 +317,7 @@ def _describe(job: Job, display: Display) -> None:
     display.line("lengths", lengths_line(report))
     for text in target_lines(job.targets):
         display.line("targets", text)
-    for text in unusable_lines(report):
+    for text in unusable_lines(report["dropped"]):
         display.line("dropped", text)
     for what, count in report["duplicates"].items():
         if count:

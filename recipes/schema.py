@@ -25,7 +25,7 @@ class Best(_Strict):
     """Which evaluation's adapter is kept, and how long a better one is waited for."""
 
     metric: str | None = None
-    """A score of the task; the one that matters most to it when left out."""
+    """A score of the task (`f1.NAME` of one class); the one that matters most to it when left out."""
 
     patience: Count | None = None
     """Evaluations without a better score after which the run ends early; never when left out."""

@@ -11,7 +11,7 @@ from onegpu.adapters.errors import nearest
 from .schema import Best
 from .tasks import Direction
 
-__all__ = ["Selection", "choose"]
+__all__ = ["Selection", "choose", "of_one_class"]
 
 
 @dataclass
@@ -52,20 +52,25 @@ class Selection:
         return replace(self, **state) if self.metric else self
 
 
-def choose(best: Best | None, measures: Mapping[str, Direction]) -> Selection:
+def choose(best: Best | None, directions: Mapping[str, Direction]) -> Selection:
     """A selection as the recipe wants it.
 
     Args:
-        measures: the scores of the task, most important first.
+        directions: the scores of the task, most important first, and which way each is better.
 
     Raises:
         RecipeError: the task has no such score.
     """
     if best is None:
         return Selection()
-    known = {"loss": "lower", **measures}
-    metric = best.metric or next(iter(measures))
+    known = {"loss": "lower", **directions}
+    metric = best.metric or next(iter(directions))
     if metric not in known:
         raise RecipeError(f"metric: the task has no score {metric!r}{nearest(metric, known)}")
     direction: Direction = "higher" if known[metric] == "higher" else "lower"
     return Selection(metric, direction, best.patience or math.inf, best.min_delta)
+
+
+def of_one_class(best: Best | None) -> bool:
+    """Whether the score is that of a class (`f1.sports`): only the rows say which there are."""
+    return best is not None and "." in (best.metric or "")

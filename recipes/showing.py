@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onegpu.adapters import TASKS, OnegpuError
@@ -10,6 +10,7 @@ from onegpu.adapters.isolation import answerable
 from onegpu.adapters.registry import entry_of
 from onegpu.adapters.target_table import Target
 
+from .data.dataset import SIDES
 from .jobs import Job, target_rows
 from .loading import Loaded
 from .tasks import Example
@@ -49,7 +50,7 @@ def _label_counts(job: Job) -> dict[str, int]:
     """How often each class is learned, most frequent first."""
     labels = job.reader.labels or ()
     counts = Counter(labels[label] for example in job.dataset.train for label in job.loaded.task.classes_of(example))
-    return dict(counts.most_common(LISTED_CLASSES))
+    return dict(counts.most_common())
 
 
 def _explained(job: Job, example: Example) -> dict[str, Any]:
@@ -74,26 +75,32 @@ def report_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         counted = (f"{tokens}: {count:,}" for tokens, count in report["supervised_histogram"].items())
         lines.append(("supervised", f"tokens: examples - {', '.join(counted)}"))
     if "labels" in report:
-        lines.append(("classes", ", ".join(f"{name} {count:,}" for name, count in report["labels"].items())))
+        classes = [f"{name} {count:,}" for name, count in report["labels"].items()]
+        lines.append(("classes", ", ".join(_beginning(classes, LISTED_CLASSES))))
     lines += [("duplicates", f"{what}: {count:,}") for what, count in report["duplicates"].items() if count]
-    lines += [("unusable", text) for text in unusable_lines(report)]
+    lines += [("unusable", text) for text in unusable_lines(report["dropped"])]
     for example in report["examples"]:
         lines += [("", ""), (example["place"], f"{example['tokens']} tokens"), ("", marked_text(example["pieces"]))]
     return lines
 
 
 def rows_line(report: dict[str, Any]) -> str:
-    """How many examples are for what."""
-    sides = ("train", "evaluation", "test")
-    return ", ".join(f"{report[f'{side}_examples']:,} for {side}" for side in sides if report[f"{side}_examples"])
+    """How many rows are for what."""
+    return ", ".join(_side(report, side) for side in SIDES if report[f"{side}_examples"])
+
+
+def _side(report: dict[str, Any], side: str) -> str:
+    rows, examples = report[f"{side}_rows"], report[f"{side}_examples"]
+    return f"{rows:,} for {side}" + (f" (in {examples:,} examples)" if examples != rows else "")
 
 
 def lengths_line(report: dict[str, Any]) -> str:
     """How long the examples are, and how many are cut."""
     middle, most, longest = (report[f"length_{name}"] for name in ("p50", "p95", "max"))
     text = f"{middle:,} tokens in the middle, 95 % up to {most:,}, longest {longest:,}"
-    count = round(report["cut_share"] * report["train_examples"])
-    text += f"; {count:,} of {report['train_examples']:,} are cut to {report['limit']:,}" if count else ""
+    cut = [(report[f"{side}_cut"], report[f"{side}_examples"], side) for side in SIDES if report[f"{side}_cut"]]
+    told = ", ".join(f"{count:,} of {examples:,} for {side}" for count, examples, side in cut)
+    text += f"; cut to {report['limit']:,}: {told}" if cut else ""
     if report["supervised_max"] > 1:  # of a class, one label is
         middle, most, longest = (report[f"supervised_{name}"] for name in ("p50", "p95", "max"))
         text += f"; supervised {middle:,} in the middle, 95 % up to {most:,}, most {longest:,}"
@@ -119,14 +126,17 @@ def target_lines(rows: Sequence[Target]) -> list[str]:
     return lines
 
 
-def unusable_lines(report: dict[str, Any]) -> list[str]:
+def unusable_lines(dropped: Mapping[str, Sequence[str]]) -> list[str]:
     """Why rows cannot be used, and the first places of each reason."""
-    return [f"{_rows(len(places))}: {reason} ({_first(places)})" for reason, places in report["dropped"].items()]
+    return [
+        f"{_rows(len(places))}: {reason} ({', '.join(_beginning(places, LISTED))})"
+        for reason, places in dropped.items()
+    ]
 
 
 def _rows(count: int) -> str:
     return f"{count:,} row{'s' if count != 1 else ''}"
 
 
-def _first(places: Sequence[str]) -> str:
-    return ", ".join([*places[:LISTED], *(["..."] if len(places) > LISTED else [])])
+def _beginning(items: Sequence[str], count: int) -> list[str]:
+    return [*items[:count], *(["..."] if len(items) > count else [])]

@@ -141,8 +141,10 @@ def test_the_page_of_tasks_describes_each_with_all_its_settings_and_scores() -> 
         assert [setting for setting in own if f"`{setting}" not in section + common] == [], name
         (row,) = [line for line in common.splitlines() if line.startswith(f"| `{name}` | ") and "loss" not in line[:20]]
         if name != "distillation":
-            scores = task.model_validate({"data": "rows.csv"}).measures().keys() - {"loss"}
+            example = task.model_validate({"data": "rows.csv"})
+            scores = example.measures().keys() - {"loss"}
             assert [score for score in scores if f"`{score}`" not in row and "as `chat`" not in row] == [], name
+            assert [score for score in example.directions(None) if f"`{score}`" not in common] == [], name
 
 
 def test_the_settings_page_names_every_sample_and_recipe() -> None:

@@ -46,6 +46,11 @@ class Gathered:
         """Rows of a side, as numbers into them."""
         return self.own.get(name, self.rows), getattr(self.split, name)
 
+    @property
+    def read(self) -> Sequence[Rows]:
+        """All rows that were read."""
+        return (self.rows, *self.own.values())
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -69,12 +74,13 @@ class Dataset:
         return int(max(side.lengths.max() for side in self.sides.values() if len(side)))
 
     def report(self) -> dict[str, Any]:
-        """For the manifest. Lengths are those of the training rows before any was cut."""
+        """For the manifest. Lengths are those of the training examples before any was cut."""
         cut = self.train.column("cut")
         lengths, supervised = np.sort(self.train.lengths + cut), np.sort(self.train.column(SUPERVISED))
         return {
             **{f"{name}_examples": len(examples) for name, examples in self.sides.items()},
-            **{f"{name}_rows": len(set(examples.column("row").tolist())) for name, examples in self.sides.items()},
+            **{f"{name}_rows": examples.rows for name, examples in self.sides.items()},
+            **{f"{name}_cut": int((examples.column("cut") > 0).sum()) for name, examples in self.sides.items()},
             "tokens": self.train.tokens,
             "supervised": self.train.supervised,
             **{f"length_{name}": int(lengths[at]) for name, at in _quantiles(len(lengths)).items()},
@@ -177,13 +183,16 @@ def encode(loaded: Loaded, gathered: Gathered, reader: Reader) -> Dataset:
     """
     task = loaded.task
     sides = {name: _encoded_side(loaded, gathered, reader, name) for name in SIDES}
-    dropped: dict[str, list[str]] = {reason: list(places) for reason, places in gathered.rows.problems.items()}
+    dropped: dict[str, list[str]] = {}
+    for rows in gathered.read:
+        for reason, places in rows.problems.items():
+            dropped.setdefault(reason, []).extend(places)
+    broken = sum(map(len, dropped.values()))
     for name, examples in sides.items():
         rows, _ = gathered.side(name)
         for reason, numbers in examples.dropped.items():
             dropped.setdefault(reason, []).extend(rows.place(number) for number in numbers)
-    unusable, total = sum(map(len, dropped.values())), sum(len(gathered.side(name)[1]) for name in SIDES)
-    total += sum(map(len, gathered.rows.problems.values()))
+    unusable, total = sum(map(len, dropped.values())), broken + sum(len(gathered.side(name)[1]) for name in SIDES)
     if not len(sides["train"]) or unusable > task.tolerate * total:
         raise DataError(
             f"data {gathered.rows.written!r}: {unusable} of {total} rows cannot be used: {describe(dropped)}"

@@ -42,6 +42,11 @@ class Examples(Sequence[Kind], Generic[Kind]):
         self._kept = kept
 
     @property
+    def rows(self) -> int:
+        """How many rows they were made of: a long one may be several windows."""
+        return len(np.unique(self.column("row")))
+
+    @property
     def tokens(self) -> int:
         """Tokens of all examples."""
         return int(self._kept.facts["tokens"])

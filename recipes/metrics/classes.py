@@ -14,7 +14,9 @@ from onegpu.adapters import DataError
 
 from .pairs import check_pairs
 
-__all__ = ["Chosen", "class_scores", "confusion", "several_scores"]
+__all__ = ["Chosen", "class_scores", "confusion", "score_names", "several_scores"]
+
+SCORES = ("precision", "recall", "f1")
 
 Chosen = Set[int] | Sequence[int]
 """The classes of one example: a set of their numbers, or one 0 or 1 per class."""
@@ -49,6 +51,15 @@ def class_scores(true: Sequence[int], predicted: Sequence[int], labels: Sequence
         "matthews": _matthews(true, predicted),
         **_by_class(true, predicted, labels),
     }
+
+
+def score_names(labels: Sequence[str], *, several: bool) -> list[str]:
+    """The names of `class_scores`, or of `several_scores`."""
+    if several:
+        averages = [f"{average}_{score}" for average in ("macro", "micro") for score in SCORES]
+        return ["subset_accuracy", *averages, *(f"f1.{name}" for name in labels)]
+    averages = ["macro_f1", "micro_f1", "macro_precision", "macro_recall"]
+    return ["accuracy", *averages, "matthews", *(f"{score}.{name}" for name in labels for score in SCORES)]
 
 
 def confusion(true: Sequence[int], predicted: Sequence[int], labels: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -105,13 +116,13 @@ def _matthews(true: Sequence[int], predicted: Sequence[int]) -> float:
 
 def _averaged(true: Any, predicted: Any, average: str) -> dict[str, float]:
     scores = precision_recall_fscore_support(true, predicted, average=average, zero_division=0.0)
-    return {name: float(score) for name, score in zip(("precision", "recall", "f1"), scores[:3], strict=True)}
+    return {name: float(score) for name, score in zip(SCORES, scores[:3], strict=True)}
 
 
 def _by_class(true: Any, predicted: Any, labels: Sequence[str]) -> dict[str, float]:
     numbers = range(len(labels))
     scores = precision_recall_fscore_support(true, predicted, labels=numbers, average=None, zero_division=0.0)
-    columns = dict(zip(("precision", "recall", "f1"), scores[:3], strict=True))
+    columns = dict(zip(SCORES, scores[:3], strict=True))
     return {
         f"{score}.{name}": float(column[number])
         for number, name in enumerate(labels)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from onegpu.adapters import DataError, RecipeError
 from onegpu.adapters.errors import nearest
 
-from ..metrics.classes import class_scores, confusion, several_scores
+from ..metrics.classes import class_scores, confusion, score_names, several_scores
 from ..metrics.numbers import number_scores
 from .contract import (
     Batch,
@@ -99,6 +99,12 @@ class Classification(PredictiveTask):
             case "classes":
                 return {"micro_f1": "higher", "macro_f1": "higher", "subset_accuracy": "higher"}
         return {"pearson": "higher", "spearman": "higher", "mean_absolute_error": "lower"}
+
+    def directions(self, labels: Labels) -> dict[str, Direction]:
+        if self.predict == "number":
+            return super().directions(labels) | {"mean_squared_error": "lower"}
+        names = score_names(labels or (), several=self.predict == "classes")
+        return super().directions(labels) | dict.fromkeys(names, "higher")
 
     # --- before training ----------------------------------------------------------------------------------------------
 

@@ -150,10 +150,10 @@ class Task(BaseModel, ABC):
     """A file, a folder of texts per class, `sample:NAME`, `package:NAME/path`, `hub:ID@REVISION`; or several."""
 
     evaluation: float | str = 0.1
-    """What is held out to watch the training: a share of the rows, a file, or `none`."""
+    """What is held out to watch the training: a share of the rows, rows of its own (as under `data`), or `none`."""
 
     test: float | str = "none"
-    """What is scored once, at the end: a share of the rows, a file, or `none`."""
+    """What is scored once, at the end: a share of the rows, rows of its own (as under `data`), or `none`."""
 
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many rows only."""
@@ -188,6 +188,14 @@ class Task(BaseModel, ABC):
     def measures(self) -> dict[str, Direction]:
         """The scores that a reader looks at, most important first, and which way is better."""
         return {"loss": "lower"}
+
+    def directions(self, labels: Labels) -> dict[str, Direction]:
+        """Every score of an evaluation by which a run may be judged, and which way is better; `measures` come first.
+
+        Args:
+            labels: names of the classes, for a task that scores each; None where they are not known yet.
+        """
+        return {**self.measures(), "loss": "lower"}
 
     def labels(self, rows: Iterable[Row]) -> Labels:
         """Names of the classes, for a task that has them."""

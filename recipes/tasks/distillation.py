@@ -135,6 +135,9 @@ class Distillation(Task):
     def measures(self) -> dict[str, Direction]:
         return self.inner.measures()
 
+    def directions(self, labels: Labels) -> dict[str, Direction]:
+        return self.inner.directions(labels)
+
     def labels(self, rows: Iterable[Row]) -> Labels:
         return self.inner.labels(rows)
 

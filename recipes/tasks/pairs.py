@@ -15,7 +15,7 @@ from itertools import groupby
 from statistics import fmean
 
 from .beginnings import check_begins
-from .contract import IGNORED, Example, Reader, Row, RowProblem, TooLong
+from .contract import IGNORED, Direction, Example, Reader, Row, RowProblem, TooLong
 from .conversations import Conversation, Message, assistant_spans, check_template, common_length, read_conversation
 from .lengths import refuse_too_long
 from .texts import around, end_of, read_text, token_ids
@@ -30,6 +30,7 @@ __all__ = [
     "pair_scores",
     "prompt_ids",
     "read_pair",
+    "reward_directions",
     "said",
 ]
 
@@ -226,6 +227,11 @@ def marked(ids: Sequence[int], labels: Sequence[int], mark: str, reader: Reader)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def reward_directions(better: str, worse: str) -> dict[str, Direction]:
+    """Which way the mean rewards of the two kinds are better."""
+    return {f"{better}_reward": "higher", f"{worse}_reward": "lower"}
 
 
 def pair_scores(rewards: Sequence[tuple[float, float]]) -> dict[str, float]:

@@ -18,9 +18,20 @@ from torch import Tensor, nn
 
 from .answering import generate_texts
 from .chat import answer
-from .contract import IGNORED, Batch, Direction, Example, Objective, Reader, Row, RowProblem
+from .contract import IGNORED, Batch, Direction, Example, Labels, Objective, Reader, Row, RowProblem
 from .packing import PackedTask
-from .pairs import PairExample, Said, continued, fitted, marked, pair_scores, prompt_ids, read_pair, said
+from .pairs import (
+    PairExample,
+    Said,
+    continued,
+    fitted,
+    marked,
+    pair_scores,
+    prompt_ids,
+    read_pair,
+    reward_directions,
+    said,
+)
 from .preference_losses import READS, Loss, Strengths, compared, kto_loss, needs_reference, pair_loss
 from .tokens import sequence_logps, supervised_tokens
 
@@ -83,6 +94,10 @@ class Preference(PackedTask):
         """Pairs: how often the chosen has the larger reward, and by how much. KTO: the margin between the kinds."""
         found: dict[str, Direction] = {} if self.loss == "kto" else {"accuracy": "higher"}
         return {**found, "margin": "higher", "loss": "lower"}
+
+    def directions(self, labels: Labels) -> dict[str, Direction]:
+        kinds = ("desirable", "undesirable") if self.loss == "kto" else ("chosen", "rejected")
+        return super().directions(labels) | reward_directions(*kinds)
 
     def stratum(self, row: Row) -> str | None:
         """KTO: which kind of completion it is, so that both are held out."""

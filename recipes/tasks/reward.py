@@ -34,7 +34,7 @@ from .contract import (
     model_inputs,
     padded,
 )
-from .pairs import Continued, PairExample, Said, continued, fitted, pair_scores, read_pair
+from .pairs import Continued, PairExample, Said, continued, fitted, pair_scores, read_pair, reward_directions
 from .texts import token_ids
 
 __all__ = ["Reward", "RewardExample"]
@@ -67,6 +67,9 @@ class Reward(Task):
     def measures(self) -> dict[str, Direction]:
         """How often the chosen has the larger reward, and by how much."""
         return {"accuracy": "higher", "margin": "higher", "loss": "lower"}
+
+    def directions(self, labels: Labels) -> dict[str, Direction]:
+        return super().directions(labels) | reward_directions("chosen", "rejected")
 
     def labels(self, rows: Iterable[Row]) -> Labels:
         """One output."""

@@ -95,6 +95,10 @@ class Tagging(PredictiveTask):
     def measures(self) -> dict[str, Direction]:
         return {"f1": "higher", "precision": "higher", "recall": "higher", "accuracy": "higher"}
 
+    def directions(self, labels: Labels) -> dict[str, Direction]:
+        names = ["macro_f1", *(f"f1.{name}" for name in self._types(labels or ()))]
+        return super().directions(labels) | dict.fromkeys(names, "higher")
+
     # --- before training ----------------------------------------------------------------------------------------------
 
     def labels(self, rows: Iterable[Row]) -> Labels:
@@ -199,7 +203,7 @@ class Tagging(PredictiveTask):
         return [(f"{text} ", reader.labels[starts[start]] if start in starts else None) for start, text in cut if text]
 
     def scores(self, outcomes: Sequence[Any], answers: Sequence[Any], reader: Reader) -> dict[str, float]:
-        """Of whole entities, over all words of the rows; see `entity_scores`."""
+        """Of whole entities, over all words of the rows; see `entity_scores`. A type that occurs nowhere has 0.0."""
         rows: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)  # row -> word -> (true, predicted)
         for outcome in outcomes:
             pairs = zip(outcome.true, outcome.predicted, strict=True)
@@ -207,7 +211,12 @@ class Tagging(PredictiveTask):
         sentences = [[words[word] for word in sorted(words)] for _, words in sorted(rows.items())]
         true = [self._named([tag for tag, _ in words], reader) for words in sentences]
         predicted = [self._named([tag for _, tag in words], reader) for words in sentences]
-        return entity_scores(true, predicted)
+        return {f"f1.{name}": 0.0 for name in self._types(reader.labels or ())} | entity_scores(true, predicted)
+
+    def _types(self, labels: Sequence[str]) -> list[str]:
+        """The kinds of entities among the tags."""
+        tags = [tag for tag in labels if tag != OUTSIDE]
+        return list(dict.fromkeys(tag[2:] for tag in tags)) if self.scheme == "bio" else tags
 
     def _named(self, tags: Sequence[int], reader: Reader) -> list[str]:
         names = [OUTSIDE if tag == NOWHERE else (reader.labels or ())[tag] for tag in tags]

@@ -46,6 +46,26 @@ def test_other_rows_are_read_with_the_classes_of_the_run(
     assert found.adapter["loss"] > 0
 
 
+def test_rows_that_cannot_be_scored_are_listed_and_the_others_counted(
+    class_recipe: Callable[..., Loaded],
+    run: Run,
+    texts: Sequence[Row],
+    onegpu: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+) -> None:
+    run(class_recipe(task={"evaluation": 0.3}, train={"steps": 1}))
+    lines = [json.dumps(row) for row in [*texts, *texts, *texts]]
+    others = tmp_path / "others.jsonl"
+    others.write_text("\n".join([*lines, "{broken"]) + "\n", "utf-8")
+    found = evaluate_folder(tmp_path / "out", data=str(others))
+    assert found.rows == len(lines)
+    assert list(found.dropped.values()) == [["others.jsonl:31"]]
+    code, out, _ = onegpu("evaluate", str(tmp_path / "out"), "--data", str(others))
+    assert code == 0
+    assert out.splitlines()[1].startswith("  unusable: 1 row: ")
+    assert "(others.jsonl:31)" in out
+
+
 def test_a_class_that_the_run_never_saw_is_a_problem_of_its_row(
     class_recipe: Callable[..., Loaded], run: Run, texts: Sequence[Row], jsonl: Jsonl, tmp_path: Path
 ) -> None:

@@ -276,6 +276,22 @@ def test_what_no_flag_can_bridge_is_refused(
     assert folder_bytes(begun) == before
 
 
+def test_other_rows_in_a_file_that_is_held_out_are_refused(
+    chat_recipe: Recipe, rows: list[dict[str, Any]], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(rows[0]) + "\n", "utf-8")
+    loaded = chat_recipe(task={"evaluation": str(held)}, train={"steps": 4, "checkpoint_every": 2})
+    with monkeypatch.context() as patch:
+        _stop_in(4, patch)
+        with pytest.raises(SystemError):
+            run(loaded)
+    # As many rows of the same length, that were not trained on either.
+    held.write_text(json.dumps(rows[0]).replace("Hi", "Ho") + "\n", "utf-8")
+    with pytest.raises(RecipeError, match=r"the rows changed since .*step-000002 was written"):
+        run(loaded, resume=True)
+
+
 def test_another_base_in_the_same_place_is_refused(
     chat_base: Path, chat_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

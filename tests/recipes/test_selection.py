@@ -20,6 +20,14 @@ STACKS: dict[str, list[Any]] = {
     "full": ["full"],
     "lisa": [{"lisa": {"active": 1, "interval": 1}}],
     "vera": [{"vera": {"r": 4, "targets": ["q_proj", "v_proj"]}}],
+    "dora": [{"dora": {"rank": 4}}],
+    "pissa": [{"pissa": {"rank": 4}}],
+    "olora": [{"olora": {"rank": 4}}],
+    "trainable-tokens": [{"trainable-tokens": {"tokens": ["a", "e"]}}],
+    "lora-plus and layerwise-lr": [{"lora": {"rank": 4}}, "lora-plus", "layerwise-lr"],
+    "int8": ["int8", {"lora": {"rank": 4}}],
+    "fp4 and loftq": ["fp4", {"loftq": {"rank": 4}}],
+    "ia3": [{"ia3": {}}],
     "nf4 and two": ["nf4", {"lora": {"rank": 4}}, {"prefix": {"length": 2, "init": "normal"}}],
 }
 CONSTANT = {"schedule": "constant", "evaluate_every": 1}
@@ -66,6 +74,23 @@ def test_it_goes_on_from_what_a_checkpoint_kept() -> None:
 def test_an_unknown_score_is_refused_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match="no score 'macro_f'; did you mean 'macro_f1'"):
         choose(Best(metric="macro_f"), {"accuracy": "higher", "macro_f1": "higher"})
+
+
+@pytest.mark.parametrize("metric", ["matthews", "macro_recall", "f1.sports"])
+def test_a_run_is_judged_by_any_score_of_its_evaluations(
+    metric: str, class_recipe: Callable[..., Loaded], run: Run, evaluations: Evaluations, tmp_path: Path
+) -> None:
+    settings = CONSTANT | {"steps": 3, "best": {"metric": metric}}
+    outcome = run(class_recipe(task={"evaluation": 0.3}, train=settings))
+    found = [line["evaluation"][metric] for line in evaluations(tmp_path / "out")][1:]
+    assert outcome.after[metric] == max(found)
+
+
+def test_a_class_that_there_is_not_has_no_score(class_recipe: Callable[..., Loaded], run: Run, tmp_path: Path) -> None:
+    settings = CONSTANT | {"steps": 1, "best": {"metric": "f1.sport"}}
+    with pytest.raises(RecipeError, match=r"no score 'f1\.sport'; did you mean 'f1\.sports'"):
+        run(class_recipe(task={"evaluation": 0.3}, train=settings))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())

@@ -40,7 +40,34 @@ def test_classes_are_counted_over_the_training_rows(class_recipe: Callable[..., 
 def test_lengths_before_cutting_and_the_share_that_is_cut(class_recipe: Callable[..., Loaded]) -> None:
     # Ten texts of two to six words, with two special tokens each.
     text = _text(class_recipe(task={"max_length": 6, "too_long": "cut-right"}))
-    assert "lengths: 6 tokens in the middle, 95 % up to 8, longest 8; 4 of 10 are cut to 6" in text
+    assert "lengths: 6 tokens in the middle, 95 % up to 8, longest 8; cut to 6: 4 of 10 for train" in text
+
+
+def test_what_is_cut_is_counted_on_every_side(class_recipe: Callable[..., Loaded]) -> None:
+    text = _text(class_recipe(task={"max_length": 4, "too_long": "cut-right", "evaluation": 0.3, "test": 0.3}))
+    assert "; cut to 4: 2 of 4 for train, 3 of 3 for evaluation, 3 of 3 for test" in text
+
+
+def test_rows_that_are_read_in_windows_are_counted_as_rows(chat_base: Path, jsonl: Jsonl, tmp_path: Path) -> None:
+    words = " ".join(["the cat sat on the mat and the dog"] * 8)
+    rows = [{"text": f"{number} {words}"} for number in range(4)]
+    task = {"language-modelling": {"data": str(jsonl(rows)), "evaluation": "none", "max_length": 32}}
+    content = {"base": str(chat_base), "adapters": ["lora"], "task": task}
+    loaded = parse_recipe(yaml.safe_dump(content), name="recipe.yaml", folder=tmp_path)
+    examples = len(preflight(loaded).dataset.train)
+    assert examples > 4
+    assert f"rows: 4 for train (in {examples} examples)" in _text(loaded, 0)
+
+
+def test_more_classes_than_a_line_holds_are_all_in_the_report(
+    class_recipe: Callable[..., Loaded], jsonl: Jsonl
+) -> None:
+    rows = jsonl([{"text": f"text {number}", "label": f"class-{number}"} for number in range(40)], "many.jsonl")
+    report = data_report(preflight(class_recipe(task={"data": str(rows)})), 0)
+    assert len(report["labels"]) == 40
+    (line,) = [text for label, text in report_lines(report) if label == "classes"]
+    assert line.count("class-") == 30
+    assert line.endswith(", ...")
 
 
 def test_rows_that_cannot_be_used_are_listed_with_their_lines(

@@ -103,6 +103,21 @@ def test_examples_carry_the_number_of_their_row(of: Callable[..., Loaded], reade
         assert f"{example.row}?" in reader.tokenizer.decode(example.ids)
 
 
+def test_broken_lines_of_a_file_that_is_held_out_are_listed_too(
+    of: Callable[..., Loaded], reader: Reader, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_bytes(b"".join(json.dumps(_talk(i)).encode() + b"\n" for i in range(100, 140)) + b"{broken\n\xff\n")
+    rows = [_talk(i) for i in range(60)]
+    dataset = _encoded(of(rows, evaluation=str(held)), reader)
+    places = {place for reason in dataset.dropped.values() for place in reason}
+    assert places == {"held.jsonl:41", "held.jsonl:42"}
+    assert len(dataset.evaluation) == 40
+    rows[2] = rows[3] = rows[5] = rows[7] = ALONE  # with the broken ones, 6 of 102
+    with pytest.raises(DataError, match="6 of 102 rows cannot be used"):
+        _encoded(of(rows, evaluation=str(held)), reader)
+
+
 def test_many_unusable_rows_are_refused_with_reasons_and_numbers(of: Callable[..., Loaded], reader: Reader) -> None:
     rows = [_talk(i) for i in range(20)]
     for number in (3, 5, 8):

@@ -468,7 +468,15 @@ def test_numbers_are_scored_by_how_near_they_are(words: Reader) -> None:
 def test_the_scores_to_look_at_exist(task: Classification, class_base: Path, texts: list[Row], words: Reader) -> None:
     examples = _examples(task, _rows(task.predict, texts), words)
     objective = task.objective(_bert(class_base, 1 if task is NUMBER else 3), task.collate(examples, PAD))
-    assert task.measures().keys() <= task.scores(objective.outcomes(), (), words).keys()
+    labels = ["number"] if task is NUMBER else words.labels
+    found = task.directions(labels)
+    assert task.measures().keys() < found.keys()
+    assert found.keys() == {"loss", *task.scores(objective.outcomes(), (), words)}
+    assert {name for name, way in found.items() if way == "lower"} <= {
+        "loss",
+        "mean_absolute_error",
+        "mean_squared_error",
+    }
 
 
 def test_a_classifier_has_nothing_to_say(model: PreTrainedModel, words: Reader) -> None:

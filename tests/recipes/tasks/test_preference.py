@@ -407,7 +407,7 @@ def test_the_split_into_batches_changes_nothing(learner: Learner, reader: Reader
     examples = _encode(task, [*PAIRS, *TALKS], reader)
     whole, outcomes = learner.loss(task, examples)
     gradients, scores = learner.gradients(whole), task.scores(outcomes, [], reader)
-    assert set(task.measures()) <= {*scores, "loss"}
+    assert {*task.measures()} <= {*task.directions(None)} <= {*scores, "loss"}
     for size in (1, 2, 7):
         loss_of_parts, parts = learner.loss(task, examples, size)
         torch.testing.assert_close(loss_of_parts, whole, rtol=1e-5, atol=1e-6)

@@ -345,7 +345,14 @@ def test_scores_are_over_all_words_of_rows_in_any_order(task: Tagging, model: Pr
     right = [a == b for sides in zip(true, predicted, strict=True) for a, b in zip(*sides, strict=True)]
     assert len(right) == sum(len(row["tokens"]) for row in ROWS)
     assert scores["accuracy"] == pytest.approx(sum(right) / len(right))
-    assert task.measures().keys() <= scores.keys()
+    assert task.directions(reader.labels).keys() == {"loss", *scores}
+
+
+def test_a_kind_of_entity_that_occurs_nowhere_has_a_score(reader: Reader) -> None:
+    nothing = SimpleNamespace(row=0, words=[0], true=[0], predicted=[0])
+    kinds = {tag[2:] for tag in LABELS if tag != "O"}
+    scores = TASK.scores([nothing], (), reader)
+    assert {scores[f"f1.{kind}"] for kind in kinds} == {0.0}
 
 
 def test_perfect_predictions_miss_only_the_word_that_is_nothing(reader: Reader) -> None:
