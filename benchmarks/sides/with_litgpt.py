@@ -1,0 +1,124 @@
+"""LitGPT 0.5.13: its LoRA fine-tuning, on the rows as they are tokenised.
+
+Two things it cannot do as the others: the rate falls as a cosine, and each pass counts alike in a step, however many of
+its tokens are supervised. So its losses are near those of the others, not equal.
+"""
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.data import DataModule
+from litgpt.data.base import get_sft_collate_fn
+from litgpt.finetune.lora import setup
+from litgpt.prompts import Default
+from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
+from measuring import LONGEST, Told, peak, play, resident
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+NAME = "SmolLM2-135M-Instruct"
+PRECISION = {"fp32": "32-true", "bf16": "bf16-true"}
+PARTS = {  # its linears, by those of transformers that they hold
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": ("self_attn.o_proj",),
+    "mlp.fc_1": ("mlp.gate_proj",),
+    "mlp.fc_2": ("mlp.up_proj",),
+    "mlp.proj": ("mlp.down_proj",),
+}
+
+
+class Rows(DataModule):
+    """Rows that are tokenised, in their order."""
+
+    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
+        super().__init__()
+        self.prompt_style = Default()
+        self.rows = [
+            {
+                **{name: torch.tensor(values) for name, values in row.items()},
+                "token_counts": {"raw": len(row["labels"]), "raw_plus_prompt_template": len(row["labels"])},
+            }
+            for row in rows
+        ]
+        self.batch_size = 1
+
+    def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **_: Any) -> None:
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.rows, batch_size=self.batch_size, collate_fn=get_sft_collate_fn())
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.rows[:1], batch_size=1, collate_fn=get_sft_collate_fn())
+
+
+def converted(told: Told) -> Path:
+    """The base as LitGPT reads it, with the adapter that all sides start from among its weights."""
+    folder = told.place / "litgpt" / NAME
+    if not folder.exists():
+        shutil.copytree(told.model, folder)
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[told.precision]
+        convert_hf_checkpoint(folder, model_name=NAME, dtype=dtype)
+        weights = torch.load(folder / "lit_model.pth", mmap=True, weights_only=True)
+        torch.save(dict(weights) | adapter(told), folder / "lit_model.lora.pth")
+        (folder / "lit_model.lora.pth").replace(folder / "lit_model.pth")
+    return folder
+
+
+def adapter(told: Told) -> dict[str, torch.Tensor]:
+    """A and B by its names: those of query, key and value stand below one another."""
+    found, start = {}, load_file(told.start / "adapter_model.safetensors")
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in start}
+    for layer in sorted(layers):
+        for part, modules in PARTS.items():
+            for matrix in ("lora_A", "lora_B"):
+                names = [f"base_model.model.model.layers.{layer}.{module}.{matrix}.weight" for module in modules]
+                found[f"transformer.h.{layer}.{part}.{matrix}"] = torch.cat([start[name] for name in names])
+    return found
+
+
+def side(told: Told) -> dict[str, Any]:
+    """Seconds, losses and peak."""
+    folder, out = converted(told), told.place / "litgpt-out"
+    shutil.rmtree(out, ignore_errors=True)
+    began, passes = resident(), told.effective // told.micro
+    setup(
+        folder,
+        out_dir=out,
+        precision=PRECISION[told.precision],
+        lora_r=told.rank,
+        lora_alpha=told.alpha,
+        lora_dropout=0.0,
+        lora_query=True,
+        lora_key=True,
+        lora_value=True,
+        lora_projection=True,
+        lora_mlp=True,
+        data=Rows(told.rows()),
+        train=TrainArgs(
+            save_interval=None,
+            log_interval=1,
+            global_batch_size=told.effective,
+            micro_batch_size=told.micro,
+            lr_warmup_steps=1,
+            epochs=2,
+            max_steps=told.steps,
+            max_seq_length=LONGEST,
+        ),
+        eval=EvalArgs(interval=10**6, max_new_tokens=1, max_iters=1, final_validation=False),
+        optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": told.rate, "weight_decay": 0.0}},
+    )
+    (log,) = out.glob("logs/csv/*/metrics.csv")
+    with log.open(encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["loss"]]
+    seconds = [sum(float(line["iter_time"]) for line in lines[i : i + passes]) for i in range(0, len(lines), passes)]
+    losses = [float(line["loss"]) for line in lines[passes - 1 :: passes]]
+    return {"seconds": seconds, "losses": losses, "peak": peak() - began}
+
+
+if __name__ == "__main__":
+    play(side)
