@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,7 @@ SIDES = {
 USUAL = ["onegpu", "onegpu, compile", "onegpu, compile, gradient_checkpointing", "trl"]
 
 Found = dict[str, Any]
-"""What a process left: `seconds` and `losses` of the steps, `peak` in bytes, of ours `products` in seconds."""
+"""What a process left: `seconds` and `losses` of the steps, `peak` in bytes, `versions`; ours has `products`, too."""
 
 
 def python_of(name: str, environments: Path | None) -> str:
@@ -68,13 +69,15 @@ def python_of(name: str, environments: Path | None) -> str:
         return sys.executable
     if environments is None:
         raise SystemExit(f"{name} needs an environment of its own: say where with --environments")
-    python = (environments / name / "bin/python").absolute()
-    if not python.exists():
-        venv.create(environments / name, with_pip=True)
+    python, made = (environments / name / "bin/python").absolute(), environments / name / "made-for"
+    wanted = " ".join([TORCH, *needs])
+    if not made.exists() or made.read_text("utf-8") != wanted:
+        venv.create(environments / name, clear=True, with_pip=True)
         for packages in ([TORCH], [TORCH, *needs]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         if "+cpu" in version("torch"):
             without_cuda(python)
+        made.write_text(wanted, "utf-8")
     return str(python)
 
 
@@ -85,8 +88,8 @@ def without_cuda(python: Path) -> None:
         library.unlink()  # torchaudio goes on without
 
 
-def compare(data: str, chosen: argparse.Namespace) -> list[str]:
-    """Rows of the table for one data set, one for each side."""
+def compare(data: str, chosen: argparse.Namespace) -> tuple[list[str], dict[str, Found]]:
+    """Rows of the table for one data set, one for each side; and what the first round found."""
     pythons = {name: python_of(name, chosen.environments) for name in chosen.sides}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -94,7 +97,7 @@ def compare(data: str, chosen: argparse.Namespace) -> list[str]:
         subprocess.run([sys.executable, HERE / "prepare.py", *arguments], check=True, stdout=subprocess.DEVNULL)
         rounds = [{name: played(name, pythons[name], place) for name in chosen.sides} for _ in range(chosen.rounds)]
         told = json.loads((place / "told.json").read_text("utf-8"))
-    return [row(name, chosen.against, rounds, told) for name in chosen.sides]
+    return [row(name, chosen.against, rounds, told) for name in chosen.sides], rounds[0]
 
 
 def played(name: str, python: str, place: Path) -> Found:
@@ -114,6 +117,7 @@ def row(name: str, against: str, rounds: list[dict[str, Found]], told: dict[str,
     second = statistics.median([s for turn in rounds for s in turn[name]["seconds"][1:]])
     ratios = [median_step(turn[against]) / median_step(turn[name]) for turn in rounds]
     memory = {side: min(turn[side]["peak"] for turn in rounds) - told["base"] for side in (name, against)}
+    comparable = not any(SIDES[side].settings.get("packed") for side in (name, against))
     apart = max(abs(a - b) for a, b in zip(rounds[0][name]["losses"], rounds[0][against]["losses"], strict=True))
     shown = [turn[name] for turn in rounds if "products" in turn[name]]
     cells = [
@@ -123,8 +127,8 @@ def row(name: str, against: str, rounds: list[dict[str, Found]], told: dict[str,
         f"{second:.2f}",
         f"{told['tokens'] / told['steps'] / second:.0f}",
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        f"{memory[name] / 1e9:.2f}",
-        f"{memory[name] / memory[against]:.2f}",
+        f"{memory[name] / 1e9:.2f}" if comparable else "",
+        f"{memory[name] / memory[against]:.2f}" if comparable else "",
         f"{statistics.median(map(products_share, shown)):.0%}" if shown else "",
         f"{apart:.1e}",
     ]
@@ -141,11 +145,11 @@ def median_step(run: Found) -> float:
     return statistics.median(run["seconds"][1:])
 
 
-def page(rows: list[str], chosen: argparse.Namespace) -> str:
+def page(rows: list[str], sides: dict[str, Found], chosen: argparse.Namespace) -> str:
     """The table with what it was measured on."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "onegpu"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     threads, against = os.environ.get("OMP_NUM_THREADS", "as many"), chosen.against
+    versions = [f"- {name}: {shown_versions(found)}." for name, found in sides.items()]
     lines = [
         f"# Steps beside {against}",
         "",
@@ -158,19 +162,24 @@ def page(rows: list[str], chosen: argparse.Namespace) -> str:
         f"|{' --- |' * 10}",
         *rows,
         "",
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores, {threads} threads; {versions} at {commit}.",
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores, {threads} threads; commit {commit}.",
+        "",
+        *versions,
         "",
     ]
     return "\n".join(lines)
 
 
+def shown_versions(found: Found) -> str:
+    """The packages that a side ran with."""
+    return ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+
+
 def shown_arguments(chosen: argparse.Namespace) -> str:
     """The command line without the places on this machine."""
-    sides = " ".join(f'"{name}"' if " " in name else name for name in chosen.sides)
-    told = (
-        f"--data {' '.join(chosen.data)} --steps {chosen.steps} --rounds {chosen.rounds} --precision {chosen.precision}"
-    )
-    return f"{told} --sides {sides} --against {chosen.against}"
+    counts = ["--steps", str(chosen.steps), "--rounds", str(chosen.rounds), "--precision", chosen.precision]
+    sides = ["--sides", *chosen.sides, "--against", chosen.against]
+    return shlex.join(["--data", *chosen.data, *counts, *sides])
 
 
 def main() -> None:
@@ -187,8 +196,11 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.against not in chosen.sides:
         parser.error(f"--against {chosen.against} is none of --sides")
-    rows = [row for data in chosen.data for row in compare(data, chosen)]
-    text = page(rows, chosen)
+    rows: list[str] = []
+    for data in chosen.data:
+        more, sides = compare(data, chosen)
+        rows += more
+    text = page(rows, sides, chosen)
     print(text)
     if chosen.out:
         chosen.out.write_text(text, "utf-8")

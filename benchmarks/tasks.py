@@ -92,7 +92,12 @@ CASES = {
         "chance is 0.5; before training the policy is its reference, and a tie counts as wrong; trained in full, the "
         "base would be no reference any more",
     ),
-    "rewarded answers": Case("reward-answers", "accuracy", {ADAPTER: []}),
+    "rewarded answers": Case(
+        "reward-answers",
+        "accuracy",
+        {ADAPTER: []},
+        note="chance is 0.5; in so few steps nothing of physics is learned, for which preferences need six epochs",
+    ),
     "translation": Case(
         "translate-interface",
         "chrf",
@@ -119,24 +124,29 @@ CASES = {
 def run_all(runs: Path, only: Sequence[str], variants: Sequence[str], seeds: Sequence[int]) -> None:
     """Train what is not there yet."""
     for name, case in CASES.items():
-        for variant, overrides in case.variants.items():
+        for variant in case.variants:
             if (only and case.recipe not in only and name not in only) or (variants and variant not in variants):
                 continue
             for seed in seeds:
-                _train(runs / _folder(name, variant, seed), case, [*overrides, f"train.seed={seed}"])
+                _train(runs / _folder(name, variant, seed), case.recipe, _overrides(case, variant), seed)
 
 
 def _folder(name: str, variant: str, seed: int) -> str:
     return f"{name.replace(',', '').replace(' ', '-')}/{variant}-{seed}"
 
 
-def _train(folder: Path, case: Case, overrides: Sequence[str]) -> None:
+def _overrides(case: Case, variant: str) -> list[str]:
+    """How a run differs from the packaged recipe, but for its seed."""
+    return [*PLAIN, *case.common, *case.variants[variant]]
+
+
+def _train(folder: Path, recipe: str, overrides: Sequence[str], seed: int) -> None:
     if (folder / "adapter/manifest.json").is_file():
         return  # without a file `environment` it was cut off behind the end: delete it to have it again
-    command = ["onegpu", "run", case.recipe, "-o", str(folder)]
+    command = ["onegpu", "run", recipe, "-o", str(folder)]
     if folder.exists():
         command.append("--resume")
-    for override in (*PLAIN, *case.common, *overrides):
+    for override in (*overrides, f"train.seed={seed}"):
         command += ["--set", override]
     print(f"== {folder}", flush=True)
     environment = _environment()
@@ -165,11 +175,16 @@ class Result:
     rows: int
     steps: int
     seconds: float
+    overrides: tuple[str, ...]  # how the run differs from the packaged recipe, but for its seed
     environment: str
 
 
 def keep(runs: Path) -> None:
-    """Put the results of run folders beside, or in place of, those that are kept."""
+    """Put the results of run folders beside, or in place of, those that are kept.
+
+    Raises:
+        SystemExit: a run folder is not of the recipe that is here now.
+    """
     found = {(r.case, r.variant, r.seed): r for r in [*kept(), *_finished(runs)]}
     lines = [json.dumps(asdict(found[key])) for key in sorted(found)]
     KEPT.write_text("".join(f"{line}\n" for line in lines), "utf-8")
@@ -179,14 +194,25 @@ def keep(runs: Path) -> None:
 def kept() -> list[Result]:
     """The results that are kept."""
     lines = KEPT.read_text("utf-8").splitlines() if KEPT.is_file() else []
-    return [Result(**json.loads(line)) for line in lines]
+    return [Result(**(values | {"overrides": tuple(values["overrides"])})) for values in map(json.loads, lines)]
 
 
 def _finished(runs: Path) -> Iterator[Result]:
     for name, case in CASES.items():
         for variant in case.variants:
             for path in sorted((runs / _folder(name, variant, 0)).parent.glob(f"{variant}-*/{ENVIRONMENT}")):
+                _check(path.parent, _overrides(case, variant), case.recipe)
                 yield read_result(path.parent, name, variant)
+
+
+def _check(folder: Path, overrides: Sequence[str], recipe: str) -> None:
+    """See that a run was of this recipe: a setting that did not exist then has its default."""
+    from onegpu.recipes import load_recipe
+
+    ran = load_recipe(str(folder / "recipe.yaml"))
+    wanted = load_recipe(recipe, [*overrides, f"train.seed={ran.recipe.train.seed}"])
+    if ran.resolved() != wanted.resolved():
+        raise SystemExit(f"{folder} was run with other settings than are here: delete it, or change them")
 
 
 def read_result(folder: Path, name: str, variant: str) -> Result:
@@ -211,6 +237,7 @@ def read_result(folder: Path, name: str, variant: str) -> Result:
         rows=manifest["run"]["data"]["train_rows"],
         steps=max(line["step"] for line in lines),
         seconds=sum(line["seconds"] for line in lines if "seconds" in line),
+        overrides=tuple(_overrides(CASES[name], variant)),
         environment=(folder / ENVIRONMENT).read_text("utf-8"),
     )
 
@@ -237,18 +264,29 @@ def table() -> str:
             notes += [f"- **{name}**: {remark}." for remark in _remarks(case, found)]
     runs = Counter(result.environment for result in results)
     machines = [f"- {number} run{'s' if number > 1 else ''}: {environment}." for environment, number in runs.items()]
-    sections = [("Notes", notes), ("Settings", list(_settings())), ("Runs", machines)]
+    sections = [("Notes", notes), ("Settings", list(_settings(results))), ("Runs", machines)]
     return "\n".join([*lines, *(line for title, told in sections for line in ("", f"## {title}", "", *told)), ""])
 
 
-def _settings() -> Iterator[str]:
-    """How each run differs from its packaged recipe."""
+def _settings(results: Sequence[Result]) -> Iterator[str]:
+    """How the runs differ from their packaged recipes."""
     yield f"All: {_shown(PLAIN)}."
     yield ""
     for name, case in CASES.items():
-        told = [_shown(case.common)] if case.common else []
-        told += [f"{variant} {_shown(overrides)}" for variant, overrides in case.variants.items() if overrides]
-        yield f"- **{name}**: {'; '.join(told) or 'as packaged'}."
+        ran = {v: {r.overrides for r in results if (r.case, r.variant) == (name, v)} for v in case.variants}
+        if any(len(ways) > 1 for ways in ran.values()):
+            raise SystemExit(f"{name}: its seeds were run with different settings: run them again")
+        own = {variant: [o for o in next(iter(ways)) if o not in PLAIN] for variant, ways in ran.items() if ways}
+        if own:
+            of_all = [override for override in own[ADAPTER] if all(override in others for others in own.values())]
+            told = [_shown(of_all), *(_own(variant, overrides, of_all) for variant, overrides in own.items())]
+            yield f"- **{name}**: {'; '.join(filter(None, told)) or 'as packaged'}."
+
+
+def _own(variant: str, overrides: Sequence[str], of_all: Sequence[str]) -> str:
+    """What only one variant is run with."""
+    found = [override for override in overrides if override not in of_all]
+    return f"{variant} {_shown(found)}" if found else ""
 
 
 def _shown(overrides: Sequence[str]) -> str:

@@ -86,6 +86,7 @@ def _recipe(folder: Path, run: RunFolder, manifest: Manifest, facts: Facts, data
         for settings in content["task"].values():
             settings |= {"data": data, "evaluation": "none", "test": "none", "limit": None}
     content["adapter"] = None  # what the run continued from is part of its result
+    content["train"]["best"] = None  # nothing is chosen
     return parse_recipe(yaml.safe_dump(content), name=str(folder), folder=Path.cwd())
 
 

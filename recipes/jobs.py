@@ -154,6 +154,9 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     with noted(found), loaded.place("task", loaded.task_name):
         # Tokenising takes its time: not for a recipe that will be written anew.
         dataset = encode(loaded, gathered, reader) if reader and loaded.fault is None else None
+    with noted(found), loaded.place("train", "best"):
+        if dataset is not None and reader is not None and of_one_class(loaded.recipe.train.best):
+            _check_class(loaded, dataset, reader)
     if found or fit is None or reader is None or dataset is None:
         raise together(found)
     if teacher is not None:
@@ -163,6 +166,14 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     with loaded.place("adapters"):
         targets = count_targets(skeleton, loaded.stack, reader.tokenizer)
     return Job(loaded, source, place, hardware, options, targets, gathered, reader, dataset, teacher, mismatch)
+
+
+def _check_class(loaded: Loaded, dataset: Dataset, reader: Reader) -> None:
+    """A class of which nothing is held out has a score that never changes."""
+    task, best, labels = loaded.task, loaded.recipe.train.best, reader.labels or ()
+    held = {labels[number] for example in dataset.evaluation for number in task.classes_of(example)}
+    if best is not None and best.metric not in task.directions(sorted(held)):
+        raise RecipeError(f"metric: no row that is held out has what {best.metric!r} is about")
 
 
 def _check_continued(loaded: Loaded, reader: Reader) -> list[str]:
@@ -211,7 +222,7 @@ def _check_settings(loaded: Loaded, hardware: Hardware, found: list[OnegpuError]
         if recipe.adapter is not None:
             facts_of(recipe.adapter, artefact.read(recipe.adapter).manifest)
     with noted(found), loaded.place("train", "best"):
-        if not of_one_class(recipe.train.best):
+        if recipe.train.best is not None and not of_one_class(recipe.train.best):
             choose(recipe.train.best, task.directions(None))
         if recipe.train.best is not None and task.evaluation == "none":
             raise RecipeError("best: nothing is held out to choose by, as `evaluation` is `none`")

@@ -182,7 +182,7 @@ def _session(
         plan=job.plan,
         steps=job.steps,
         evaluator=evaluator,
-        selection=choose(settings.best, job.loaded.task.directions(job.reader.labels)),
+        selection=choose(settings.best, job.loaded.task.directions(job.reader.labels) if settings.best else {}),
         optimizer=optimizer,
         schedule=make_schedule(settings, optimizer, job.steps),
         scaler=grad_scaler(dtype, job.options.device),

@@ -31,6 +31,15 @@ class Selection:
         """Whether it is time to stop."""
         return self.waited >= self.patience
 
+    def expect(self, scores: Mapping[str, float]) -> None:
+        """See at the first evaluation that the score is there.
+
+        Raises:
+            RecipeError: the task says that it has the score, and evaluations lack it.
+        """
+        if self.metric and self.metric not in scores:
+            raise RecipeError(f"metric: evaluations have no score {self.metric!r}{nearest(self.metric, scores)}")
+
     def look(self, step: int, scores: Mapping[str, float]) -> bool:
         """Take note of an evaluation; returns whether it is the best so far. Without a metric none is."""
         if not self.metric:

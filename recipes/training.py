@@ -285,6 +285,7 @@ def _evaluate(s: Session) -> None:
         batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
         where = explain_non_finite(s.stack, s.task, batch | s.evaluator.refer(batch))
         raise ProofFailed(f"step {s.step}: the held-out loss is {scores['loss']}, {where}")
+    s.selection.expect(scores)
     s.scores.append(scores)
     if s.accelerator.is_main_process:
         s.folder.record(step=s.step, evaluation=scores, adapter=s.step > 0)

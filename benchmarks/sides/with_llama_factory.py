@@ -2,32 +2,14 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock
 from datasets import Dataset
 from llamafactory.train.tuner import run_exp
-from measuring import LONGEST, Told, peak, play, resident
-from transformers import TrainerCallback
-
-
-class Clock(TrainerCallback):
-    """Seconds and loss of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(-time.perf_counter())
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds[-1] += time.perf_counter()
-
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        self.losses += [logs["loss"]] if "loss" in logs else []
+from measuring import DTYPES, LONGEST, Told, play, resident
 
 
 def base(told: Told) -> Path:
@@ -39,7 +21,7 @@ def base(told: Told) -> Path:
             (folder / file.name).symlink_to(file)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         (folder / "config.json").unlink()
-        changed = config | {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[told.precision]}
+        changed = config | {"dtype": str(DTYPES[told.precision]).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(changed), "utf-8")
     return folder
 
@@ -86,8 +68,8 @@ def side(told: Told) -> dict[str, Any]:
         },
         callbacks=[clock],
     )
-    return {"seconds": clock.seconds, "losses": clock.losses, "peak": peak() - began}
+    return clock.found(began)
 
 
 if __name__ == "__main__":
-    play(side)
+    play(side, "llamafactory", "peft", "transformers")

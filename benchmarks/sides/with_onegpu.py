@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from measuring import Told, play, resident
+from measuring import Told, now, play, resident
 from safetensors.torch import load_file
 
 from onegpu.adapters.structure import linears, output_embeddings, unwrap
@@ -28,7 +28,7 @@ def side(told: Told, **settings: Any) -> dict[str, Any]:
     began = resident()
     model = job.load_base()
     folder = RunFolder(told.place / f"run-{time.time_ns()}")
-    session, _ = _session(job, model, folder, Accelerator(cpu=True), Display(quiet=True))
+    session, _ = _session(job, model, folder, Accelerator(cpu=job.hardware.kind == "cpu"), Display(quiet=True))
     attachment = session.stack.attachments[-1]
     attachment.load_tensors(load_file(told.start / "adapter_model.safetensors"))
     folder.open(job.loaded.as_yaml(), resume=False, accept_changes=False)
@@ -59,16 +59,19 @@ def products(model: Any, steps: list[list[int]]) -> list[float]:
     weights = [unwrap(module).weight.detach() for path, module in linears(model).items() if path != head]
     found = []
     for lengths in [steps[0], *steps]:  # the first of all does not count
-        began = time.perf_counter()
+        began = now()
         for tokens in lengths:
-            x = {size: torch.ones(tokens, size, dtype=dtype) for size in {n for w in weights for n in w.shape}}
+            x = {
+                size: torch.ones(tokens, size, dtype=dtype, device=weights[0].device)
+                for size in {n for w in weights for n in w.shape}
+            }
             for weight in weights:
                 torch.nn.functional.linear(x[weight.shape[1]], weight)
             for weight in reversed(weights):
                 torch.mm(x[weight.shape[0]], weight)
-        found.append(time.perf_counter() - began)
+        found.append(now() - began)
     return found[1:]
 
 
 if __name__ == "__main__":
-    play(side)
+    play(side, "onegpu", "transformers")

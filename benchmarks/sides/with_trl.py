@@ -1,29 +1,14 @@
 """trl's `SFTTrainer` with PEFT's LoRA."""
 
-import time
 from typing import Any
 
 import torch
+from clock import Clock
 from datasets import Dataset
-from measuring import LONGEST, Told, peak, play, resident
+from measuring import DTYPES, LONGEST, Told, play, resident
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Clock(TrainerCallback):
-    """Seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(-time.perf_counter())
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds[-1] += time.perf_counter()
 
 
 def side(told: Told) -> dict[str, Any]:
@@ -58,9 +43,8 @@ def side(told: Told) -> dict[str, Any]:
         callbacks=[clock],
     )
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {"seconds": clock.seconds, "losses": losses, "peak": peak() - began}
+    return clock.found(began)
 
 
 if __name__ == "__main__":
-    play(side)
+    play(side, "trl", "peft", "transformers")

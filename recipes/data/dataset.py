@@ -194,9 +194,8 @@ def encode(loaded: Loaded, gathered: Gathered, reader: Reader) -> Dataset:
             dropped.setdefault(reason, []).extend(rows.place(number) for number in numbers)
     unusable, total = sum(map(len, dropped.values())), broken + sum(len(gathered.side(name)[1]) for name in SIDES)
     if not len(sides["train"]) or unusable > task.tolerate * total:
-        raise DataError(
-            f"data {gathered.rows.written!r}: {unusable} of {total} rows cannot be used: {describe(dropped)}"
-        )
+        written = ", ".join(repr(rows.written) for rows in gathered.read)
+        raise DataError(f"data {written}: {unusable} of {total} rows cannot be used: {describe(dropped)}")
     for name in SIDES[1:]:
         if gathered.side(name)[1] and not len(sides[name]):
             raise DataError(f"{name}: no row of it can be used: {describe(sides[name].dropped)}")

@@ -53,7 +53,7 @@ def test_rows_that_cannot_be_scored_are_listed_and_the_others_counted(
     onegpu: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
 ) -> None:
-    run(class_recipe(task={"evaluation": 0.3}, train={"steps": 1}))
+    run(class_recipe(task={"evaluation": 0.3}, train={"steps": 1, "best": {}, "evaluate_every": 1}))
     lines = [json.dumps(row) for row in [*texts, *texts, *texts]]
     others = tmp_path / "others.jsonl"
     others.write_text("\n".join([*lines, "{broken"]) + "\n", "utf-8")

@@ -23,7 +23,7 @@ from onegpu.adapters import (
     registry,
 )
 from onegpu.adapters.files import damage, seal
-from onegpu.recipes import Loaded, Outcome, run as run_loudly, training
+from onegpu.recipes import Loaded, Outcome, preflight, run as run_loudly, training
 from onegpu.recipes.training import Session
 
 TRAIN = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 1, "best": {"metric": "loss"}, "learning_rate": 0.3}
@@ -280,14 +280,15 @@ def test_other_rows_in_a_file_that_is_held_out_are_refused(
     chat_recipe: Recipe, rows: list[dict[str, Any]], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     held = tmp_path / "held.jsonl"
-    held.write_text(json.dumps(rows[0]) + "\n", "utf-8")
+    held.write_text(json.dumps(rows[0]).replace("Hi", "Ho") + "\n", "utf-8")  # in none of the rows to train on
     loaded = chat_recipe(task={"evaluation": str(held)}, train={"steps": 4, "checkpoint_every": 2})
     with monkeypatch.context() as patch:
         _stop_in(4, patch)
         with pytest.raises(SystemError):
             run(loaded)
-    # As many rows of the same length, that were not trained on either.
-    held.write_text(json.dumps(rows[0]).replace("Hi", "Ho") + "\n", "utf-8")
+    before = preflight(loaded).dataset.report()
+    held.write_text(json.dumps(rows[0]).replace("Hi", "Ha") + "\n", "utf-8")
+    assert preflight(loaded).dataset.report() == before  # nothing else tells them apart
     with pytest.raises(RecipeError, match=r"the rows changed since .*step-000002 was written"):
         run(loaded, resume=True)
 

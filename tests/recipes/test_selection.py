@@ -11,6 +11,7 @@ from onegpu.adapters import Interrupted, ProofFailed, RecipeError, artefact
 from onegpu.recipes import Loaded, Outcome, training
 from onegpu.recipes.schema import Best
 from onegpu.recipes.selection import Selection, choose
+from onegpu.recipes.tasks.classification import Classification
 
 Run = Callable[..., Outcome]
 Evaluations = Callable[[Path], list[dict[str, Any]]]
@@ -80,10 +81,40 @@ def test_an_unknown_score_is_refused_with_the_nearest() -> None:
 def test_a_run_is_judged_by_any_score_of_its_evaluations(
     metric: str, class_recipe: Callable[..., Loaded], run: Run, evaluations: Evaluations, tmp_path: Path
 ) -> None:
-    settings = CONSTANT | {"steps": 3, "best": {"metric": metric}}
-    outcome = run(class_recipe(task={"evaluation": 0.3}, train=settings))
+    settings = CONSTANT | {"steps": 6, "learning_rate": 0.03, "best": {"metric": metric}}
+    outcome = run(class_recipe(task={"evaluation": 0.5}, train=settings))
     found = [line["evaluation"][metric] for line in evaluations(tmp_path / "out")][1:]
+    assert len(set(found)) > 1, found
     assert outcome.after[metric] == max(found)
+
+
+def test_a_further_score_may_be_better_where_it_is_lower(
+    class_recipe: Callable[..., Loaded], run: Run, jsonl: Callable[..., Path], evaluations: Evaluations, tmp_path: Path
+) -> None:
+    rows = jsonl([{"text": f"text {number}", "label": number / 4} for number in range(12)], "numbers.jsonl")
+    task = {"data": str(rows), "predict": "number", "evaluation": 0.3}
+    settings = CONSTANT | {"steps": 6, "learning_rate": 0.3, "best": {"metric": "mean_squared_error"}}
+    outcome = run(class_recipe(task=task, train=settings))
+    found = [line["evaluation"]["mean_squared_error"] for line in evaluations(tmp_path / "out")][1:]
+    assert outcome.after["mean_squared_error"] == min(found) < max(found)
+
+
+def test_a_class_of_which_nothing_is_held_out_is_no_judge(
+    class_recipe: Callable[..., Loaded], jsonl: Callable[..., Path], run: Run
+) -> None:
+    held = jsonl([{"text": "one more", "label": "money"}], "held.jsonl")
+    recipe = class_recipe(task={"evaluation": str(held)}, train=CONSTANT | {"best": {"metric": "f1.sports"}})
+    with pytest.raises(RecipeError, match=r"no row that is held out has what 'f1\.sports' is about"):
+        run(recipe)
+
+
+def test_a_score_that_a_task_promises_and_lacks_ends_the_run_at_its_first_evaluation(
+    class_recipe: Callable[..., Loaded], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Classification.directions
+    monkeypatch.setattr(Classification, "directions", lambda self, labels: real(self, labels) | {"luck": "higher"})
+    with pytest.raises(RecipeError, match="evaluations have no score 'luck'"):
+        run(class_recipe(task={"evaluation": 0.3}, train=CONSTANT | {"best": {"metric": "luck"}}))
 
 
 def test_a_class_that_there_is_not_has_no_score(class_recipe: Callable[..., Loaded], run: Run, tmp_path: Path) -> None:
