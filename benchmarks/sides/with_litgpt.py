@@ -7,6 +7,7 @@ in it, too. So its losses are not those of the others, but for the first.
 
 import csv
 import shutil
+import sys
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def side(told: Told) -> dict[str, Any]:
         folder = pool.apply(converted, (told,))
     rows, out, passes = Rows(told.rows()), told.place / "litgpt-out", told.effective // told.micro
     shutil.rmtree(out, ignore_errors=True)
+    # What it merges in the end, it reads off the command line.
+    switches = [f"--lora_{part}=true" for part in ("key", "projection", "mlp")]
+    sys.argv = ["litgpt", str(folder), f"--lora_r={told.rank}", f"--lora_alpha={told.alpha}", *switches]
     began = resident()
     setup(
         folder,
