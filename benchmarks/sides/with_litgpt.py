@@ -1,8 +1,8 @@
 """LitGPT 0.5.13: its LoRA fine-tuning, on the rows as they are tokenised.
 
-What it cannot do as the others: the rate falls as a cosine, and is zero at the first step; each pass counts alike in a
-step, however many of its tokens are supervised; gradients are not clipped; with bf16, A, B and the moments of AdamW are
-in it, too. So its losses are not those of the others, but for the first.
+What it cannot do as the others: A starts as it draws it; the rate falls as a cosine, and is zero at the first step;
+each pass counts alike in a step, however many of its tokens are supervised; gradients are not clipped; with bf16, A, B
+and the moments of AdamW are in it, too. So its losses are not those of the others, but for the first.
 """
 
 import csv
@@ -20,18 +20,10 @@ from litgpt.finetune.lora import setup
 from litgpt.prompts import Default
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 from measuring import DTYPES, LONGEST, Told, peak, play, resident
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 NAME = "SmolLM2-135M-Instruct"
 PRECISION = {"fp32": "32-true", "bf16": "bf16-true"}
-PARTS = {  # its linears, by those of transformers that they hold
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.proj": ("self_attn.o_proj",),
-    "mlp.fc_1": ("mlp.gate_proj",),
-    "mlp.fc_2": ("mlp.up_proj",),
-    "mlp.proj": ("mlp.down_proj",),
-}
 
 
 class Rows(DataModule):
@@ -65,27 +57,12 @@ class Rows(DataModule):
 
 
 def converted(told: Told) -> Path:
-    """The base as LitGPT reads it, with the adapter that all sides start from among its weights."""
+    """The base as LitGPT reads it."""
     folder = told.place / "litgpt" / NAME
     if not folder.exists():
         shutil.copytree(told.model, folder)
         convert_hf_checkpoint(folder, model_name=NAME, dtype=str(DTYPES[told.precision]).removeprefix("torch."))
-        weights = torch.load(folder / "lit_model.pth", mmap=True, weights_only=True)
-        torch.save(dict(weights) | adapter(told), folder / "lit_model.lora.pth")
-        (folder / "lit_model.lora.pth").replace(folder / "lit_model.pth")
     return folder
-
-
-def adapter(told: Told) -> dict[str, torch.Tensor]:
-    """A and B by its names: those of query, key and value stand below one another."""
-    found, start = {}, load_file(told.start / "adapter_model.safetensors")
-    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in start}
-    for layer in sorted(layers):
-        for part, modules in PARTS.items():
-            for matrix in ("lora_A", "lora_B"):
-                names = [f"base_model.model.model.layers.{layer}.{module}.{matrix}.weight" for module in modules]
-                found[f"transformer.h.{layer}.{part}.{matrix}"] = torch.cat([start[name] for name in names])
-    return found
 
 
 def side(told: Told) -> dict[str, Any]:

@@ -4,13 +4,13 @@ With bf16 it holds A, B and the moments of AdamW in it, too; all others have the
 """
 
 import json
-import runpy
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchtune
 from measuring import Told, now, peak, play, resident, told
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -50,9 +50,9 @@ def model(place: str, lora_rank: int, lora_alpha: int, lora_attn_modules: list[s
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
     )
-    start = {_its_name(name): tensor for name, tensor in load_file(shared.start / "adapter_model.safetensors").items()}
-    left = built.load_state_dict(start, strict=False).unexpected_keys
-    assert not left, left
+    its = dict(built.named_parameters())
+    for name, tensor in load_file(shared.start / "adapter_model.safetensors").items():
+        its[_its_name(name)].data.copy_(tensor)
     return built
 
 
@@ -80,23 +80,25 @@ def falling(optimizer: Any, num_training_steps: int, last_epoch: int) -> LambdaL
 
 
 class Log:
-    """The time and the loss of each step."""
+    """The time and the loss of each step, and the peak by then, written to a file at the end."""
 
-    seconds: list[float] = []
-    losses: list[float] = []
-    before = 0.0
-    peak = 0
+    def __init__(self, file: str) -> None:
+        self.file, self.began, self.before = Path(file), resident(), 0.0
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak = 0
 
     def log_config(self, config: Any) -> None:
         """Nothing of it is kept."""
 
     def log_dict(self, payload: dict[str, Any], step: int) -> None:
-        Log.seconds.append(now() - Log.before)
-        Log.losses.append(float(payload["loss"]))
-        Log.peak, Log.before = peak(), now()
+        self.seconds.append(now() - self.before)  # the first one is no time, and does not count
+        self.losses.append(float(payload["loss"]))
+        self.peak, self.before = peak(), now()
 
     def close(self) -> None:
-        """Nothing is open."""
+        found = {"seconds": self.seconds, "losses": self.losses, "peak": self.peak - self.began}
+        self.file.write_text(json.dumps(found), "utf-8")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -104,8 +106,7 @@ class Log:
 
 def side(shared: Told) -> dict[str, Any]:
     """Seconds, losses and peak."""
-    sys.modules["with_torchtune"] = sys.modules["__main__"]
-    place = str(shared.place)
+    place, here = str(shared.place), Path(__file__).parent
     settings = {
         "model": {
             "_component_": "with_torchtune.model",
@@ -139,17 +140,16 @@ def side(shared: Told) -> dict[str, Any]:
         "clip_grad_norm": 1.0,
         "compile": False,
         "output_dir": f"{place}/torchtune",
-        "metric_logger": {"_component_": "with_torchtune.Log"},
+        "metric_logger": {"_component_": "with_torchtune.Log", "file": f"{place}/torchtune.json"},
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "dtype": shared.precision,
     }
-    began = resident()
-    file = Path(torchtune.__file__).parents[1] / "recipes/lora_finetune_single_device.py"
-    recipe = runpy.run_path(str(file))["LoRAFinetuneRecipeSingleDevice"](OmegaConf.create(settings))
-    recipe.setup(OmegaConf.create(settings))
-    Log.before = now()
-    recipe.train()
-    return {"seconds": Log.seconds, "losses": Log.losses, "peak": Log.peak - began}
+    config = shared.place / "torchtune.yaml"
+    OmegaConf.save(OmegaConf.create(settings), config)
+    tune = [str(Path(sys.executable).parent / "tune"), "run", "lora_finetune_single_device", "--config", str(config)]
+    subprocess.run(tune, check=True, env=os.environ | {"PYTHONPATH": str(here)})
+    found: dict[str, Any] = json.loads((shared.place / "torchtune.json").read_text("utf-8"))
+    return found
 
 
 if __name__ == "__main__":
