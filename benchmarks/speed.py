@@ -4,11 +4,11 @@
     python benchmarks/speed.py --sides "onegpu, compile" trl llama-factory litgpt torchtune --environments DIR
     python benchmarks/speed.py --sides onegpu "onegpu, nf4" --against onegpu
 
-The rows of each step are tokenised once, and all sides start from the same A and B. They run in turn, each in a process
-of its own (A B C A B C ...), on nothing but the steps, after a first one that does not count. What is quoted is the
-median over rounds of the ratio of median step times. Peaks are above the bytes of the base in floats. `fixed` are 4
-rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out. What each side is, and what it
-cannot do as the others, stands in `sides/`. Those that cannot live beside onegpu are installed into DIR when missing.
+The rows of each step are tokenised once, and all sides but LitGPT start from the same A and B. They run in turn, each
+in a process of its own (A B C A B C ...), on nothing but the steps, after a first one that does not count. What is
+quoted is the median over rounds of the ratio of median step times. Peaks are above the bytes of the base in floats.
+`fixed` are 4 rows of 512 tokens, all supervised: there is nothing to pack and nothing to leave out. What each side is,
+and what it cannot do as the others, stands in `sides/`. Those that cannot live beside onegpu are installed into DIR.
 
 After its steps, our side multiplies by the weights of the base alone, forward and backward, as many tokens as a step
 had: that is the share of a step that no adapter could do without.
@@ -72,6 +72,8 @@ def python_of(name: str, environments: Path | None) -> str:
     python, made = (environments / name / "bin/python").absolute(), environments / name / "made-for"
     wanted = " ".join([TORCH, *needs])
     if not made.exists() or made.read_text("utf-8") != wanted:
+        if python.parents[1].exists() and not (python.parents[1] / "pyvenv.cfg").exists():
+            raise SystemExit(f"{python.parents[1]} is no environment: name another folder")
         venv.create(environments / name, clear=True, with_pip=True)
         for packages in ([TORCH], [TORCH, *needs]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)

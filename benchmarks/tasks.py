@@ -278,7 +278,8 @@ def _settings(results: Sequence[Result]) -> Iterator[str]:
             raise SystemExit(f"{name}: its seeds were run with different settings: run them again")
         own = {variant: [o for o in next(iter(ways)) if o not in PLAIN] for variant, ways in ran.items() if ways}
         if own:
-            of_all = [override for override in own[ADAPTER] if all(override in others for others in own.values())]
+            first = next(iter(own.values()))
+            of_all = [override for override in first if all(override in others for others in own.values())]
             told = [_shown(of_all), *(_own(variant, overrides, of_all) for variant, overrides in own.items())]
             yield f"- **{name}**: {'; '.join(filter(None, told)) or 'as packaged'}."
 

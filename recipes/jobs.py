@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from onegpu.adapters import OnegpuError, RecipeError, Stack, Unavailable, artefact, load_base
+from onegpu.adapters import TASKS, OnegpuError, RecipeError, Stack, Unavailable, artefact, load_base
 from onegpu.adapters.base import any_skeleton, choose_attention, refuse_foreign_packing, settled, skeleton_of
 from onegpu.adapters.contract import LoadOptions
 from onegpu.adapters.device import Attention, Hardware, compute_dtype, detect
@@ -19,6 +19,7 @@ from onegpu.adapters.errors import brief, noted, together
 from onegpu.adapters.files import there
 from onegpu.adapters.isolation import answerable
 from onegpu.adapters.pretrained import read_config, read_tokenizer, readable
+from onegpu.adapters.registry import entry_of
 from onegpu.adapters.sources import Source, locate
 from onegpu.adapters.specs import Named
 from onegpu.adapters.structure import family
@@ -135,9 +136,11 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
     gathered = None
     with noted(found):
         gathered = gather(loaded, trained)
+    class_known = False
     with noted(found), loaded.place("train", "best"):
         if gathered is not None and of_one_class(loaded.recipe.train.best):
             choose(loaded.recipe.train.best, loaded.task.directions(gathered.labels))
+            class_known = bool(gathered.labels)
     if source is None or (found and not source.ready):  # converting a base takes minutes: not for a run that cannot be
         raise together(found)
     with loaded.place("base"):
@@ -155,7 +158,7 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
         # Tokenising takes its time: not for a recipe that will be written anew.
         dataset = encode(loaded, gathered, reader) if reader and loaded.fault is None else None
     with noted(found), loaded.place("train", "best"):
-        if dataset is not None and reader is not None and of_one_class(loaded.recipe.train.best):
+        if class_known and dataset is not None and len(dataset.evaluation) and reader is not None:
             _check_class(loaded, dataset, reader)
     if found or fit is None or reader is None or dataset is None:
         raise together(found)
@@ -171,7 +174,8 @@ def preflight(loaded: Loaded, *, trained: Trained | None = None) -> Job:
 def _check_class(loaded: Loaded, dataset: Dataset, reader: Reader) -> None:
     """A class of which nothing is held out has a score that never changes."""
     task, best, labels = loaded.task, loaded.recipe.train.best, reader.labels or ()
-    held = {labels[number] for example in dataset.evaluation for number in task.classes_of(example)}
+    with answerable(loaded.task_name, entry_of(TASKS, type(task)), "classes_of"):
+        held = {labels[number] for example in dataset.evaluation for number in task.classes_of(example)}
     if best is not None and best.metric not in task.directions(sorted(held)):
         raise RecipeError(f"metric: no row that is held out has what {best.metric!r} is about")
 

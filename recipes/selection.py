@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from onegpu.adapters import RecipeError
+from onegpu.adapters import PluginError, RecipeError
 from onegpu.adapters.errors import nearest
 
 from .schema import Best
@@ -32,13 +32,13 @@ class Selection:
         return self.waited >= self.patience
 
     def expect(self, scores: Mapping[str, float]) -> None:
-        """See at the first evaluation that the score is there.
+        """See, from the first evaluation on, that the score is there.
 
         Raises:
-            RecipeError: the task says that it has the score, and evaluations lack it.
+            PluginError: the task says that it has the score, and evaluations lack it.
         """
         if self.metric and self.metric not in scores:
-            raise RecipeError(f"metric: evaluations have no score {self.metric!r}{nearest(self.metric, scores)}")
+            raise PluginError(f"the task says that it has a score {self.metric!r}, and its evaluations lack it")
 
     def look(self, step: int, scores: Mapping[str, float]) -> bool:
         """Take note of an evaluation; returns whether it is the best so far. Without a metric none is."""

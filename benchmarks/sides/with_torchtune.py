@@ -1,6 +1,6 @@
 """torchtune 0.6.1: its recipe for LoRA on one device, on the rows as they are tokenised.
 
-With bf16 it holds A, B and the moments of AdamW in it, too; all others have them in float32.
+With bf16 it holds A, B and the moments of AdamW in it, too; most others have them in float32.
 """
 
 import json

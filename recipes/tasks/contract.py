@@ -314,7 +314,10 @@ class Task(BaseModel, ABC):
         return None
 
     def classes_of(self, example: Example) -> Sequence[int]:
-        """The classes that an example teaches, by number, for counting; for a task that has labels."""
+        """The classes that an example teaches, by number, for a task that has labels.
+
+        They are counted, and a run is judged by the score of a class only where held-out rows have it.
+        """
         return [label for label in example.labels if label != IGNORED]
 
     def explain(self, example: Example, reader: Reader) -> list[tuple[str, str | None]]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onegpu.adapters import Interrupted, ProofFailed, RecipeError, artefact
+from onegpu.adapters import Interrupted, PluginError, ProofFailed, RecipeError, artefact
 from onegpu.recipes import Loaded, Outcome, training
 from onegpu.recipes.schema import Best
 from onegpu.recipes.selection import Selection, choose
@@ -99,6 +99,11 @@ def test_a_further_score_may_be_better_where_it_is_lower(
     assert outcome.after["mean_squared_error"] == min(found) < max(found)
 
 
+def test_a_task_without_classes_has_no_score_of_one(chat_recipe: Callable[..., Loaded], run: Run) -> None:
+    with pytest.raises(RecipeError, match=r"no score 'f1\.sports'"):
+        run(chat_recipe(task={"evaluation": 0.3}, train=CONSTANT | {"best": {"metric": "f1.sports"}}))
+
+
 def test_a_class_of_which_nothing_is_held_out_is_no_judge(
     class_recipe: Callable[..., Loaded], jsonl: Callable[..., Path], run: Run
 ) -> None:
@@ -113,14 +118,15 @@ def test_a_score_that_a_task_promises_and_lacks_ends_the_run_at_its_first_evalua
 ) -> None:
     real = Classification.directions
     monkeypatch.setattr(Classification, "directions", lambda self, labels: real(self, labels) | {"luck": "higher"})
-    with pytest.raises(RecipeError, match="evaluations have no score 'luck'"):
+    with pytest.raises(PluginError, match="says that it has a score 'luck', and its evaluations lack it"):
         run(class_recipe(task={"evaluation": 0.3}, train=CONSTANT | {"best": {"metric": "luck"}}))
 
 
 def test_a_class_that_there_is_not_has_no_score(class_recipe: Callable[..., Loaded], run: Run, tmp_path: Path) -> None:
     settings = CONSTANT | {"steps": 1, "best": {"metric": "f1.sport"}}
-    with pytest.raises(RecipeError, match=r"no score 'f1\.sport'; did you mean 'f1\.sports'"):
+    with pytest.raises(RecipeError, match=r"no score 'f1\.sport'; did you mean 'f1\.sports'") as caught:
         run(class_recipe(task={"evaluation": 0.3}, train=settings))
+    assert "\n" not in str(caught.value)  # told once
     assert not (tmp_path / "out").exists()
 
 
