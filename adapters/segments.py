@@ -24,7 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .drawn_masks import seed, share
 from .frozen_linear import in_autocast
-from .segment_attention import apart, attend_in_tiles, kept_of, tiles_of, together
+from .segment_attention import apart, attend_in_tiles, together
+from .segment_layout import kept_of, tiles_of
 
 __all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
 
@@ -41,7 +42,7 @@ class Segments(NamedTuple):
     key_places: Tensor  # (tokens,): where in `keys`, flattened, the token is in its own segment
     shared: Tensor  # (shared,): tokens that other segments see, too
     readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
-    tiles: Tensor  # (tiles, 5): segment_attention.py
+    tiles: Tensor  # (5 · tiles,): segment_layout.py
     room: Tensor  # (weights of a head that are kept for the backward pass,): its length is all that it says
     seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
 
@@ -75,7 +76,7 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         torch.tensor([i * columns + first[i] + j for i, n in enumerate(lengths) for j in range(n)]),
         torch.tensor(list(readers), dtype=torch.long),
         torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
-        torch.tensor(tiles),
+        torch.tensor(tiles).flatten(),
         torch.zeros(kept_of(tiles, sum(lengths)), dtype=torch.bool),
         _seen(first, rows, columns) if any(first) else None,
     )

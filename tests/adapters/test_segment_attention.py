@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from onegpu.adapters import segment_attention as module
+from onegpu.adapters import segment_layout as module
 from onegpu.adapters.drawn_masks import kept
-from onegpu.adapters.segment_attention import attend_in_tiles, tiles_of
-from onegpu.adapters.segments import segments_of
+from onegpu.adapters.segment_attention import attend_in_tiles
+from onegpu.adapters.segment_layout import Layout, tiles_of
+from onegpu.adapters.segments import Segments, segments_of
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 ROWS: list[tuple[list[int], list[int | None]]] = [
@@ -108,30 +109,51 @@ def test_with_dropout_the_mask_follows_from_the_seed() -> None:
 
     assert torch.equal(attend(*given), attend(*given))
     assert gradcheck(attend, given)
-    assert tiles_of(lengths, [0, 0]) == [(0, 2, 0, 5, 5)]
-    weights = torch.ones(GROUPS * 2, 10, 5, dtype=torch.float64)
+    assert tiles_of(lengths, [0, 0]) == [(0, 2, 0, 5, module.ALIGNED)]
+    weights = torch.ones(2 * GROUPS, 10, module.ALIGNED, dtype=torch.float64)
     dropped = 1 - kept(weights, seed, 2**14).mean()
     ones = [given[0], given[1], torch.ones_like(given[2])]
     assert 0 < dropped < 0.5
     assert not torch.allclose(attend(*ones), torch.ones(8, HEADS, SIZE, dtype=torch.float64))
 
 
-# --- tiles
+# --- layout
 
 
-def test_a_tile_is_no_larger_than_the_bound_and_sees_no_column_in_vain() -> None:
+def test_it_is_made_once_for_a_row_of_tokens_and_forgotten_with_it() -> None:
+    query, key, _ = _inputs(5)
+    segments = segments_of([3, 2], [None, None])
+
+    def layout(query: Tensor, key: Tensor, segments: Segments) -> Layout:
+        return Layout.of(query, key, *segments[:7], segments.seen)
+
+    first = layout(query, key, segments)
+    assert layout(query, key, segments) is first
+    assert layout(query.half(), key, segments) is not first
+    before = len(module._LAYOUTS)
+    del segments
+    assert len(module._LAYOUTS) == before - 1
+
+
+def test_a_tile_is_no_larger_than_the_bound_and_sees_hardly_a_column_in_vain() -> None:
     tiles = tiles_of([2000], [0])
     assert len(tiles) > 1
     assert [tile[2] for tile in tiles[1:]] == [tile[3] for tile in tiles[:-1]]
-    assert tiles[-1][3:] == (2000, 2000)
-    assert all(columns == end for _, _, _, end, columns in tiles)
+    assert tiles[-1][3] == 2000
+    assert all(0 <= columns - end < module.ALIGNED for _, _, _, end, columns in tiles)
     assert all((end - row) * 2000 <= module.LARGEST for _, _, row, end, _ in tiles)
 
 
+def test_the_columns_of_tiles_are_aligned() -> None:
+    lengths, before = ROWS[3]
+    first = [0 if other is None else lengths[other] for other in before]
+    assert all(tile[4] % module.ALIGNED == 0 for tile in tiles_of(lengths, first))
+
+
 def test_segments_of_unlike_length_are_in_different_tiles() -> None:
-    assert tiles_of([10, 9, 8], [0, 0, 0]) == [(0, 3, 0, 10, 10)]
+    assert tiles_of([10, 9, 8], [0, 0, 0]) == [(0, 3, 0, 10, 32)]
     assert [tile[:2] for tile in tiles_of([300, 290, 20, 10], [0, 0, 0, 0])] == [(0, 2), (2, 4)]
 
 
 def test_a_tile_has_no_more_columns_than_there_are_keys() -> None:
-    assert tiles_of([12, 4, 5], [0, 12, 12]) == [(0, 3, 0, 12, 17)]
+    assert tiles_of([40, 4, 20], [0, 40, 40]) == [(0, 3, 0, 40, 64)]

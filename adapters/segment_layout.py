@@ -1,0 +1,240 @@
+"""Where the queries, keys and weights of segments stand in batched matrix products.
+
+Shapes: query: (heads, tokens, size), key and value: (groups, tokens, size), where `each` = heads / groups heads share a
+key; flattened: (tokens · heads, size) and (tokens · groups, size).
+
+Products go tile by tile: some segments of like length, some rows of each, and the columns that those see. So there is
+little padding, nothing behind a token is multiplied, and memory grows with the tokens, not with their square.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["NONE", "Layout", "Tile", "kept_of", "tiles_of"]
+
+LARGEST = 2**18  # weights of a tile, of one head
+SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
+KEPT = 128  # weights of a head and token that are kept at most: twice what a query takes
+NONE = 2  # weights of a head, where none are kept: what has a length of 0 or 1 would be compiled by itself
+ALIGNED = 32  # columns of a tile are a multiple: torch's softmax of others in bf16 can take three times as long
+
+
+Corners = tuple[int, int, int, int, int]
+"""(segment, end of segments, row, end of rows, end of columns) of a tile."""
+
+
+def tiles_of(lengths: Sequence[int], first: Sequence[int]) -> list[Corners]:
+    """Tiles of segments, those of the same segments behind one another.
+
+    Args:
+        lengths: tokens of each segment.
+        first: how many keys stand before those of each.
+    """
+    tiles = []
+    for start, stop in _alike(lengths, first):
+        rows, before = max(lengths[start:stop]), max(first[start:stop])
+        columns = max(n + m for n, m in zip(lengths[start:stop], first[start:stop], strict=True))
+        step = max(1, LARGEST // ((stop - start) * columns))
+        for row in range(0, rows, step):
+            end = min(row + step, rows)
+            tiles.append((start, stop, row, end, _aligned(min(before + end, columns))))
+    return tiles
+
+
+def kept_of(tiles: Sequence[Corners], tokens: int) -> int:
+    """How many weights of a head are kept for the backward pass: all of them, or none, which is `NONE`."""
+    weights = sum(_weights(corners) for corners in tiles)
+    return weights if weights <= KEPT * tokens else NONE
+
+
+def _weights(corners: Sequence[int]) -> int:
+    start, stop, row, end, columns = corners
+    return (stop - start) * (end - row) * columns
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def _alike(lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours of like size, as (start, stop)."""
+    start, needed = 0, 0
+    for stop in range(1, len(lengths) + 1):
+        needed += lengths[stop - 1] * (lengths[stop - 1] + first[stop - 1])
+        padded = max(lengths[start:stop]) * (max(lengths[start:stop]) + max(first[start:stop])) * (stop - start)
+        if stop - start > 1 and padded - needed > SPARE:
+            yield start, stop - 1
+            start, needed = stop - 1, lengths[stop - 1] * (lengths[stop - 1] + first[stop - 1])
+    yield start, len(lengths)
+
+
+class Tile(NamedTuple):
+    """Some rows of the segments of a group, and the columns that those see. n: segments · groups of heads."""
+
+    number: int
+    at: int  # where its weights are among those that are kept
+    shape: tuple[int, int, int]  # (n, rows · each, columns)
+    segments: slice
+    rows: slice
+    queries: Tensor  # (n · rows · each,): rows of the flattened query; any where there is padding
+    padded: Tensor  # the same, one behind the last where there is padding
+    hidden: Tensor | None  # (segments or 1, 1, rows, 1, last columns): what is added to scores of the last columns
+
+    @property
+    def columns(self) -> int:
+        return self.shape[2]
+
+    def of(self, room: Tensor, at: int = 0) -> Tensor:  # (n, rows · each, columns)
+        """The part of a flat tensor that is for its weights."""
+        n, rows, columns = self.shape
+        return room[at : at + n * rows * columns].view(self.shape)
+
+    def part(self, x: Tensor) -> Tensor:  # (n, rows · each, size)
+        """Its part of (segments, groups, rows, each, size)."""
+        return x[self.segments, :, self.rows].flatten(2, 3).flatten(0, 1)
+
+    def gathered(self, flat: Tensor, index: Tensor) -> Tensor:  # (n, rows · each, size)
+        return flat.index_select(0, index).view(*self.shape[:2], -1)
+
+    def hide(self, scores: Tensor) -> None:
+        """Make the weights of what a row does not see 0; scores: (n, rows · each, columns)."""
+        if self.hidden is None:
+            return
+        segments, rows = self.segments.stop - self.segments.start, self.hidden.shape[2]
+        scores.view(segments, -1, rows, self.shape[1] // rows, self.columns)[..., -self.hidden.shape[-1] :] += (
+            self.hidden
+        )
+
+
+class Group(NamedTuple):
+    """Segments of like length, and their tiles."""
+
+    segments: slice
+    columns: int
+    keys: Tensor  # (n · columns,): rows of the flattened key
+    tiles: list[Tile]  # the last one sees all columns
+
+    def gathered(self, flat: Tensor) -> Tensor:  # (n, columns, size)
+        return flat.index_select(0, self.keys).view(-1, self.columns, flat.shape[-1])
+
+    def part(self, x: Tensor) -> Tensor:  # (n, columns, size)
+        """Their part of (segments, groups, columns, size)."""
+        return x[self.segments, :, : self.columns].flatten(0, 1)
+
+
+class Layout(NamedTuple):
+    """Where all rows stand. It is the same for all layers that a row of tokens goes through."""
+
+    shape: tuple[int, int, int, int]  # (segments, groups, rows, each)
+    key_shape: tuple[int, int, int]  # (segments, groups, columns)
+    groups: list[Group]
+    rooms: tuple[Tensor, ...]  # for the weights of any tile, of all heads: three that tiles use one after the other
+    places: Tensor  # (tokens · heads,): where in `shape`, flattened, each is
+    key_places: Tensor  # (tokens · groups,): where in `key_shape`, flattened, each is in its own segment
+    shared: Tensor  # (shared · groups,): rows of the flattened key that other segments see, too
+    readers: Tensor  # (shared · groups, others): where in `key_shape` those see it; one behind where there are fewer
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, queries: Tensor, *places: Tensor | None) -> "Layout":
+        """Of segments as in segments.py; made once for a row, and kept as long as its `queries` live."""
+        made, kind = _LAYOUTS.setdefault(queries, {}), (len(query), len(key), query.dtype)
+        if kind not in made:
+            made[kind] = _laid_out(*kind, queries, *places)  # type: ignore[arg-type]
+        found: Layout = made[kind]
+        return found
+
+    @property
+    def several(self) -> bool:
+        """Whether some segments have more tiles than one, so that gradients of their keys add up."""
+        return any(len(group.tiles) > 1 for group in self.groups)
+
+    def by_token(self, found: Tensor) -> Tensor:  # (tokens, heads, size)
+        """What stands in (segments, groups, rows, each, size)."""
+        _, groups, _, each = self.shape
+        return found.view(-1, found.shape[-1]).index_select(0, self.places).view(-1, groups * each, found.shape[-1])
+
+    def keys_by_token(self, grad: Tensor) -> Tensor:  # (tokens, groups, size)
+        """Gradients of what stands in (segments, groups, columns, size), added up in a fixed order."""
+        flat = grad.view(-1, grad.shape[-1])
+        found = flat.index_select(0, self.key_places)
+        if len(self.shared):
+            behind = F.pad(flat, (0, 0, 0, 1))  # a row of zeros, for those with fewer readers
+            found[self.shared] += behind.index_select(0, self.readers.flatten()).unflatten(0, self.readers.shape).sum(1)
+        return found.view(-1, self.key_shape[1], grad.shape[-1])
+
+
+_LAYOUTS: Any = WeakIdKeyDictionary()
+
+
+def _laid_out(
+    heads: int,
+    groups: int,
+    dtype: torch.dtype,
+    queries: Tensor,
+    keys: Tensor,
+    places: Tensor,
+    key_places: Tensor,
+    shared: Tensor,
+    readers: Tensor,
+    tiles: Tensor,
+    seen: Tensor | None,
+) -> Layout:
+    (segments, rows), own_columns, tokens, each = queries.shape, keys.shape[1], len(places), heads // groups
+    columns, device = _aligned(own_columns), keys.device
+    token = torch.full((segments * rows,), tokens, device=device)  # at each place, one behind the last where none is
+    token[places] = torch.arange(tokens, device=device)
+    head = torch.arange(heads, device=device).view(groups, 1, each)
+    padded = (token.view(segments, 1, rows, 1) * heads + head).clamp(max=tokens * heads)
+    group = torch.arange(groups, device=device)
+    behind = F.pad(keys, (0, columns - own_columns))[:, None] * groups + group[:, None]  # (segments, groups, columns)
+    if seen is None:  # what stands before it in its segment
+        seen = (torch.arange(columns, device=device) <= torch.arange(rows, device=device)[:, None])[None, None]
+    hidden = ~F.pad(seen, (0, columns - seen.shape[-1]))
+
+    def key_place(index: Tensor) -> Tensor:  # (..., groups)
+        """Of a place in (segments, own columns), those in `key_shape`; behind the last stays behind the last."""
+        segment, column = index // own_columns, index % own_columns
+        found = (segment[..., None] * groups + group) * columns + column[..., None]
+        return found.clamp(max=segments * groups * columns)
+
+    corners = tiles.view(-1, 5).tolist()
+    starts = accumulate((_weights(tile) * heads for tile in corners), initial=0)
+    found: list[Tile] = []
+    for number, ((start, stop, row, end, seeing), at) in enumerate(zip(corners, starts, strict=False)):
+        some, here = slice(start, stop), slice(row, end)
+        index = padded[some, :, here].flatten()
+        shape = ((stop - start) * groups, (end - row) * each, seeing)
+        mask = _mask(hidden[some if len(hidden) > 1 else slice(None), :, here, None, :seeing], dtype)
+        found.append(Tile(number, at, shape, some, here, index.clamp(max=tokens * heads - 1), index, mask))
+    place = places // rows * groups * rows * each + places % rows * each
+    return Layout(
+        (segments, groups, rows, each),
+        (segments, groups, columns),
+        [_group(list(alike), behind) for _, alike in groupby(found, key=lambda tile: tile.segments.start)],
+        torch.empty(3, max(_weights(tile) for tile in corners) * heads, dtype=dtype, device=device).unbind(),
+        (place[:, None, None] + group[:, None] * rows * each + torch.arange(each, device=device)).flatten(),
+        key_place(key_places).flatten(),
+        (shared[:, None] * groups + group).flatten(),
+        key_place(readers).movedim(-1, 1).flatten(0, 1),
+    )
+
+
+def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor | None:  # (segments or 1, 1, rows, 1, columns)
+    """What hides some scores, from the first columns on that are hidden from any row."""
+    anywhere = hidden.flatten(0, -2).any(0)
+    if not anywhere.any():
+        return None
+    first = int(anywhere.int().argmax())
+    hidden = hidden[..., first - first % ALIGNED :]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
+
+
+def _group(tiles: list[Tile], behind: Tensor) -> Group:
+    segments, columns = tiles[-1].segments, tiles[-1].columns
+    return Group(segments, columns, behind[segments, :, :columns].flatten(), tiles)
