@@ -31,17 +31,16 @@ def attend_in_tiles(
     shared: Tensor,  # (shared,)
     readers: Tensor,  # (shared, others)
     tiles: Tensor,  # (5 · tiles,)
-    room: Tensor,  # (kept,)
-    seen: Tensor | None,
+    room: Tensor,  # (kept,): segments.py
     seed: Tensor | None,
     scaling: float,
     dropped: int,
 ) -> tuple[Tensor, Tensor]:  # (tokens, heads, size); (heads · kept,)
     """The softmax is computed in float32 and rounded once. `dropped` of 65,536 weights are dropped, as `seed` says.
 
-    The second result are the weights, tile by tile, for the backward pass.
+    The second result are the weights, tile by tile, for the backward pass; nothing that counts, if none are kept.
     """
-    layout = Layout.of(query, key, queries, keys, places, key_places, shared, readers, tiles, seen)
+    layout = Layout.of(query, key, queries, keys, places, key_places, shared, readers, tiles)
     flat_query, flat_key, flat_value = map(_flat, (query, key, value))
     out = query.new_empty(*layout.shape, value.shape[2])
     kept_weights, (scores, spare, _) = _kept(query, room), layout.rooms
@@ -90,13 +89,12 @@ def _backward(
     shared: Tensor,
     readers: Tensor,
     tiles: Tensor,
-    seen: Tensor | None,
     seed: Tensor | None,
     scaling: float,
     dropped: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (tokens, heads, size), (tokens, groups, size), (tokens, groups, size)
     """Gradients of query, key and value."""
-    layout = Layout.of(query, key, queries, keys, places, key_places, shared, readers, tiles, seen)
+    layout = Layout.of(query, key, queries, keys, places, key_places, shared, readers, tiles)
     flat_query, flat_key, flat_value = map(_flat, (query, key, value))
     flat_grad = F.pad(grad.reshape(-1, grad.shape[-1]), (0, 0, 0, 1))  # none of what is padding
     gq = query.new_empty(*layout.shape, query.shape[2])
@@ -106,12 +104,12 @@ def _backward(
         k, v = group.gathered(flat_key), group.gathered(flat_value)
         for tile in reversed(group.tiles):
             first = tile is group.tiles[-1]
-            q, g = tile.gathered(flat_query, tile.queries), tile.gathered(flat_grad, tile.padded)
+            q, g = tile.gathered(flat_query, tile.queries), tile.gathered(flat_grad, tile.queries_or_none)
             weights, g_weights, g_scores = map(tile.of, layout.rooms)
             if len(kept_weights) > NONE * len(query):
                 weights = tile.of(kept_weights, tile.at)
             else:
-                _attend(tile, q, k, scaling, g_weights, weights)
+                _attend(tile, q, k, scaling, g_weights, weights)  # where scores are, too, before their gradients
             torch.bmm(g, v[:, : tile.columns].mT, out=g_weights)
             g_weights = _dropped(g_weights, seed, tile, dropped)
             torch.ops.aten._softmax_backward_data.out(g_weights, weights, -1, weights.dtype, grad_input=g_scores)
@@ -128,17 +126,17 @@ def _(grad: Tensor, kept_weights: Tensor, query: Tensor, key: Tensor, value: Ten
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, seen, seed, ctx.scaling, ctx.dropped = inputs
-    ctx.save_for_backward(output[1], *tensors, seen, seed)
+    *tensors, _, seed, ctx.scaling, ctx.dropped = inputs
+    ctx.save_for_backward(output[1], *tensors, seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # nor zeros as large as the weights made for them
 
 
 def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 15
+        return (None,) * 14
     found = _backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.dropped)
-    return (*(g.transpose(0, 1) for g in found), *[None] * 12)
+    return (*(g.transpose(0, 1) for g in found), *[None] * 11)
 
 
 attend_in_tiles.register_autograd(_gradients, setup_context=_keep)

@@ -20,8 +20,9 @@ __all__ = ["NONE", "Layout", "Tile", "kept_of", "tiles_of"]
 
 LARGEST = 2**18  # weights of a tile, of one head
 SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
-KEPT = 128  # weights of a head and token that are kept at most: twice what a query takes
-NONE = 2  # weights of a head, where none are kept: what has a length of 0 or 1 would be compiled by itself
+KEPT = 160  # weights of a head and token that are kept at most: 2.5 times what a query takes, if it has 64 numbers
+NONE = 31  # weights of a head, where none are kept: fewer than a tile has, and a length that nothing else is likely to
+# have, since a compiler makes code of its own for lengths of 0 and 1, and for lengths that are the same by chance
 ALIGNED = 32  # columns of a tile are a multiple: torch's softmax of others in bf16 can take three times as long
 
 
@@ -39,11 +40,11 @@ def tiles_of(lengths: Sequence[int], first: Sequence[int]) -> list[Corners]:
     tiles = []
     for start, stop in _alike(lengths, first):
         rows, before = max(lengths[start:stop]), max(first[start:stop])
-        columns = max(n + m for n, m in zip(lengths[start:stop], first[start:stop], strict=True))
+        columns = _aligned(max(n + m for n, m in zip(lengths[start:stop], first[start:stop], strict=True)))
         step = max(1, LARGEST // ((stop - start) * columns))
         for row in range(0, rows, step):
             end = min(row + step, rows)
-            tiles.append((start, stop, row, end, _aligned(min(before + end, columns))))
+            tiles.append((start, stop, row, end, min(_aligned(before + end), columns)))
     return tiles
 
 
@@ -83,7 +84,7 @@ class Tile(NamedTuple):
     segments: slice
     rows: slice
     queries: Tensor  # (n · rows · each,): rows of the flattened query; any where there is padding
-    padded: Tensor  # the same, one behind the last where there is padding
+    queries_or_none: Tensor  # the same, one behind the last where there is padding
     hidden: Tensor | None  # (segments or 1, 1, rows, 1, last columns): what is added to scores of the last columns
 
     @property
@@ -106,10 +107,9 @@ class Tile(NamedTuple):
         """Make the weights of what a row does not see 0; scores: (n, rows · each, columns)."""
         if self.hidden is None:
             return
-        segments, rows = self.segments.stop - self.segments.start, self.hidden.shape[2]
-        scores.view(segments, -1, rows, self.shape[1] // rows, self.columns)[..., -self.hidden.shape[-1] :] += (
-            self.hidden
-        )
+        segments, rows = self.segments.stop - self.segments.start, self.rows.stop - self.rows.start
+        by_row = scores.view(segments, -1, rows, self.shape[1] // rows, self.columns)
+        by_row[..., -self.hidden.shape[-1] :].add_(self.hidden)
 
 
 class Group(NamedTuple):
@@ -141,11 +141,25 @@ class Layout(NamedTuple):
     readers: Tensor  # (shared · groups, others): where in `key_shape` those see it; one behind where there are fewer
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, queries: Tensor, *places: Tensor | None) -> "Layout":
-        """Of segments as in segments.py; made once for a row, and kept as long as its `queries` live."""
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        places: Tensor,
+        key_places: Tensor,
+        shared: Tensor,
+        readers: Tensor,
+        tiles: Tensor,
+    ) -> "Layout":
+        """Of segments as in segments.py; made once for a row of tokens, and kept as long as its `queries` live.
+
+        It is found by the tensor `queries` itself: the others must always be those that were made with it.
+        """
         made, kind = _LAYOUTS.setdefault(queries, {}), (len(query), len(key), query.dtype)
         if kind not in made:
-            made[kind] = _laid_out(*kind, queries, *places)  # type: ignore[arg-type]
+            made[kind] = _laid_out(*kind, queries, keys, places, key_places, shared, readers, tiles)
         found: Layout = made[kind]
         return found
 
@@ -183,56 +197,87 @@ def _laid_out(
     shared: Tensor,
     readers: Tensor,
     tiles: Tensor,
-    seen: Tensor | None,
 ) -> Layout:
-    (segments, rows), own_columns, tokens, each = queries.shape, keys.shape[1], len(places), heads // groups
-    columns, device = _aligned(own_columns), keys.device
-    token = torch.full((segments * rows,), tokens, device=device)  # at each place, one behind the last where none is
-    token[places] = torch.arange(tokens, device=device)
-    head = torch.arange(heads, device=device).view(groups, 1, each)
-    padded = (token.view(segments, 1, rows, 1) * heads + head).clamp(max=tokens * heads)
-    group = torch.arange(groups, device=device)
-    behind = F.pad(keys, (0, columns - own_columns))[:, None] * groups + group[:, None]  # (segments, groups, columns)
-    if seen is None:  # what stands before it in its segment
-        seen = (torch.arange(columns, device=device) <= torch.arange(rows, device=device)[:, None])[None, None]
-    hidden = ~F.pad(seen, (0, columns - seen.shape[-1]))
-
-    def key_place(index: Tensor) -> Tensor:  # (..., groups)
-        """Of a place in (segments, own columns), those in `key_shape`; behind the last stays behind the last."""
-        segment, column = index // own_columns, index % own_columns
-        found = (segment[..., None] * groups + group) * columns + column[..., None]
-        return found.clamp(max=segments * groups * columns)
-
+    (segments, rows), own_columns, each = queries.shape, keys.shape[1], heads // groups
+    shape, key_shape = (segments, groups, rows, each), (segments, groups, _aligned(own_columns))
+    group = torch.arange(groups, device=keys.device)
+    behind = F.pad(keys, (0, key_shape[2] - own_columns))[:, None] * groups + group[:, None]  # in `key_shape`
     corners = tiles.view(-1, 5).tolist()
-    starts = accumulate((_weights(tile) * heads for tile in corners), initial=0)
-    found: list[Tile] = []
-    for number, ((start, stop, row, end, seeing), at) in enumerate(zip(corners, starts, strict=False)):
-        some, here = slice(start, stop), slice(row, end)
-        index = padded[some, :, here].flatten()
-        shape = ((stop - start) * groups, (end - row) * each, seeing)
-        mask = _mask(hidden[some if len(hidden) > 1 else slice(None), :, here, None, :seeing], dtype)
-        found.append(Tile(number, at, shape, some, here, index.clamp(max=tokens * heads - 1), index, mask))
-    place = places // rows * groups * rows * each + places % rows * each
+    first = key_places[queries[:, 0]] % own_columns  # (segments,): keys before its own
+    found = list(_tiles(corners, _tokens(shape, places), len(places) * heads, first, dtype))
     return Layout(
-        (segments, groups, rows, each),
-        (segments, groups, columns),
+        shape,
+        key_shape,
         [_group(list(alike), behind) for _, alike in groupby(found, key=lambda tile: tile.segments.start)],
-        torch.empty(3, max(_weights(tile) for tile in corners) * heads, dtype=dtype, device=device).unbind(),
-        (place[:, None, None] + group[:, None] * rows * each + torch.arange(each, device=device)).flatten(),
-        key_place(key_places).flatten(),
+        torch.empty(3, max(map(_weights, corners)) * heads, dtype=dtype, device=keys.device).unbind(),
+        _places(shape, places),
+        _key_places(key_shape, own_columns, key_places).flatten(),
         (shared[:, None] * groups + group).flatten(),
-        key_place(readers).movedim(-1, 1).flatten(0, 1),
+        _key_places(key_shape, own_columns, readers).movedim(-1, 1).flatten(0, 1),
     )
 
 
-def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor | None:  # (segments or 1, 1, rows, 1, columns)
-    """What hides some scores, from the first columns on that are hidden from any row."""
-    anywhere = hidden.flatten(0, -2).any(0)
-    if not anywhere.any():
+def _tokens(shape: tuple[int, int, int, int], places: Tensor) -> Tensor:  # (segments, groups, rows, each)
+    """The row of the flattened query that is at each place; one behind the last where there is padding."""
+    (segments, groups, rows, each), tokens, device = shape, len(places), places.device
+    token = torch.full((segments * rows,), tokens, device=device)
+    token[places] = torch.arange(tokens, device=device)
+    head = torch.arange(groups * each, device=device).view(groups, 1, each)
+    return (token.view(segments, 1, rows, 1) * groups * each + head).clamp(max=tokens * groups * each)
+
+
+def _places(shape: tuple[int, int, int, int], places: Tensor) -> Tensor:  # (tokens · heads,)
+    """Where in (segments, groups, rows, each) the tokens are whose places are in (segments, rows); all flattened."""
+    (_, groups, rows, each), device = shape, places.device
+    first = places // rows * groups * rows * each + places % rows * each
+    head = torch.arange(groups, device=device)[:, None] * rows * each + torch.arange(each, device=device)
+    return (first[:, None, None] + head).flatten()
+
+
+def _key_places(shape: tuple[int, int, int], own_columns: int, places: Tensor) -> Tensor:  # (..., groups)
+    """Where in (segments, groups, columns) the keys are whose places are in (segments, own columns); all flattened.
+
+    One behind the last stays one behind the last.
+    """
+    segments, groups, columns = shape
+    segment, column = places // own_columns, places % own_columns
+    found = (segment[..., None] * groups + torch.arange(groups, device=places.device)) * columns + column[..., None]
+    return found.clamp(max=segments * groups * columns)
+
+
+def _tiles(
+    corners: Sequence[Sequence[int]], tokens: Tensor, count: int, first: Tensor, dtype: torch.dtype
+) -> Iterator[Tile]:
+    """Tiles.
+
+    Args:
+        tokens: the rows of the flattened query, (segments, groups, rows, each).
+        count: how many rows that has.
+        first: how many keys stand before those of each segment.
+    """
+    _, groups, _, each = tokens.shape
+    starts = accumulate((_weights(tile) * groups * each for tile in corners), initial=0)
+    for number, ((start, stop, row, end, columns), at) in enumerate(zip(corners, starts, strict=False)):
+        segments, rows = slice(start, stop), slice(row, end)
+        index = tokens[segments, :, rows].flatten()
+        shape = ((stop - start) * groups, (end - row) * each, columns)
+        hidden = _hidden(first[segments], rows, columns, dtype)
+        yield Tile(number, at, shape, segments, rows, index.clamp(max=count - 1), index, hidden)
+
+
+def _hidden(first: Tensor, rows: slice, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """What hides from some rows what is behind them, and all that is no key: (segments, 1, rows, 1, last columns).
+
+    Args:
+        first: how many keys stand before those of each segment.
+    """
+    seen_by_all = int(first.min()) + rows.start + 1
+    start, device = seen_by_all - seen_by_all % ALIGNED, first.device
+    if start >= columns:
         return None
-    first = int(anywhere.int().argmax())
-    hidden = hidden[..., first - first % ALIGNED :]
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
+    last = first[:, None] + torch.arange(rows.start, rows.stop, device=device)  # that a row sees
+    hidden = (torch.arange(start, columns, device=device) > last[..., None])[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def _group(tiles: list[Tile], behind: Tensor) -> Group:

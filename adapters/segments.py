@@ -216,7 +216,7 @@ def _plain(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Where all of a base trains, in float32, rotated queries and keys come in that, and values in what is computed in.
     query, key, value = in_autocast(query), in_autocast(key), in_autocast(value)
-    found: Tensor = attend_in_tiles(query, key, value, *s, seed(dropout), scaling, share(dropout))[0]
+    found: Tensor = attend_in_tiles(query, key, value, *s[:-1], seed(dropout), scaling, share(dropout))[0]
     return found
 
 

@@ -1,14 +1,15 @@
 """Attention over segments: each as if it stood alone, in values and gradients, whatever its tiles are."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 from onegpu.adapters import segment_layout as module
-from onegpu.adapters.drawn_masks import kept
 from onegpu.adapters.segment_attention import attend_in_tiles
 from onegpu.adapters.segment_layout import Layout, tiles_of
 from onegpu.adapters.segments import Segments, segments_of
@@ -36,7 +37,7 @@ def _ours(lengths: list[int], before: list[int | None], scaling: float = 0.3) ->
     segments = segments_of(lengths, before)
 
     def attend(*given: Tensor) -> Tensor:
-        found: Tensor = attend_in_tiles(*given, *segments, None, scaling, 0)[0]
+        found: Tensor = attend_in_tiles(*given, *segments[:-1], None, scaling, 0)[0]
         return found
 
     return attend
@@ -76,12 +77,24 @@ def test_its_gradients_are_right_to_finite_differences() -> None:
     assert gradcheck(_ours(lengths, before), _inputs(sum(lengths)))
 
 
-def test_in_bf16_it_rounds_like_products_in_bf16() -> None:
-    lengths, before = ROWS[3]
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize(("lengths", "before"), ROWS)
+def test_in_bf16_it_rounds_like_products_in_bf16(lengths: list[int], before: list[int | None]) -> None:
     given = _inputs(sum(lengths), torch.bfloat16)
-    query, key, value = (t.detach().double() for t in given)
-    exact = _alone(query, key, value, lengths, before)
-    assert (_ours(lengths, before)(*given).double() - exact).abs().max() <= 2e-2 * exact.abs().max()
+    exact = [t.detach().double().requires_grad_() for t in given]
+    ours, theirs = _ours(lengths, before)(*given), _alone(exact[0], exact[1], exact[2], lengths, before)
+    along = torch.randn_like(ours)
+    mine = (ours, *torch.autograd.grad(ours, given, along))
+    for rounded, expected in zip(mine, (theirs, *torch.autograd.grad(theirs, exact, along.double())), strict=True):
+        assert (rounded.double() - expected).abs().max() <= 3e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("lengths", "before"), ROWS)
+def test_a_compiler_is_told_what_comes_out(lengths: list[int], before: list[int | None]) -> None:
+    given = (*_inputs(sum(lengths)), *segments_of(lengths, before)[:-1], None, 0.3, 0)
+    torch.library.opcheck(
+        attend_in_tiles, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 def test_what_is_kept_grows_with_the_tokens_and_not_with_their_square() -> None:
@@ -99,22 +112,27 @@ def test_what_is_kept_grows_with_the_tokens_and_not_with_their_square() -> None:
     assert kept_bytes(2048) <= 8.5 * kept_bytes(256)
 
 
+@pytest.mark.usefixtures("tiled")
 def test_with_dropout_the_mask_follows_from_the_seed() -> None:
     lengths: list[int] = [5, 3]
     segments, given, seed = segments_of(lengths, [None, None]), _inputs(8), torch.tensor(3)
 
     def attend(*tensors: Tensor) -> Tensor:
-        found: Tensor = attend_in_tiles(*tensors, *segments, seed, 0.3, 2**14)[0]
+        found: Tensor = attend_in_tiles(*tensors, *segments[:-1], seed, 0.3, 2**14)[0]
         return found
 
     assert torch.equal(attend(*given), attend(*given))
     assert gradcheck(attend, given)
-    assert tiles_of(lengths, [0, 0]) == [(0, 2, 0, 5, module.ALIGNED)]
-    weights = torch.ones(2 * GROUPS, 10, module.ALIGNED, dtype=torch.float64)
-    dropped = 1 - kept(weights, seed, 2**14).mean()
     ones = [given[0], given[1], torch.ones_like(given[2])]
-    assert 0 < dropped < 0.5
     assert not torch.allclose(attend(*ones), torch.ones(8, HEADS, SIZE, dtype=torch.float64))
+
+
+def test_values_may_have_another_size_than_keys() -> None:
+    lengths, before = ROWS[2]
+    query, key, value = _inputs(sum(lengths))
+    given = query, key, value[..., :3].detach().requires_grad_()
+    torch.testing.assert_close(_ours(lengths, before)(*given), _alone(*given, lengths, before))
+    assert gradcheck(_ours(lengths, before), given)
 
 
 # --- layout
@@ -125,7 +143,7 @@ def test_it_is_made_once_for_a_row_of_tokens_and_forgotten_with_it() -> None:
     segments = segments_of([3, 2], [None, None])
 
     def layout(query: Tensor, key: Tensor, segments: Segments) -> Layout:
-        return Layout.of(query, key, *segments[:7], segments.seen)
+        return Layout.of(query, key, *segments[:7])
 
     first = layout(query, key, segments)
     assert layout(query, key, segments) is first
@@ -135,13 +153,34 @@ def test_it_is_made_once_for_a_row_of_tokens_and_forgotten_with_it() -> None:
     assert len(module._LAYOUTS) == before - 1
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_all_layers_and_their_backward_passes_share_it(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def laid_out(*args: Any) -> Any:
+        made.append(args)
+        return plainly(*args)
+
+    plainly = module._laid_out
+    monkeypatch.setattr(module, "_laid_out", laid_out)
+    lengths, before = ROWS[2]
+    layer, given = _ours(lengths, before), _inputs(sum(lengths))
+    found = given
+    for _ in range(2):
+        y = checkpoint(layer, *found, use_reentrant=False) if checkpointed else layer(*found)
+        found = [y.transpose(0, 1), *given[1:]]
+    found[0].sum().backward()
+    assert len(made) == 1
+
+
 def test_a_tile_is_no_larger_than_the_bound_and_sees_hardly_a_column_in_vain() -> None:
     tiles = tiles_of([2000], [0])
     assert len(tiles) > 1
     assert [tile[2] for tile in tiles[1:]] == [tile[3] for tile in tiles[:-1]]
     assert tiles[-1][3] == 2000
     assert all(0 <= columns - end < module.ALIGNED for _, _, _, end, columns in tiles)
-    assert all((end - row) * 2000 <= module.LARGEST for _, _, row, end, _ in tiles)
+    for found in (tiles, tiles_of([295] * 3, [0] * 3)):
+        assert all((stop - start) * (end - row) * columns <= module.LARGEST for start, stop, row, end, columns in found)
 
 
 def test_the_columns_of_tiles_are_aligned() -> None:
