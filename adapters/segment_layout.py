@@ -85,7 +85,7 @@ class Tile(NamedTuple):
     rows: slice
     queries: Tensor  # (n · rows · each,): rows of the flattened query; any where there is padding
     queries_or_none: Tensor  # the same, one behind the last where there is padding
-    hidden: Tensor | None  # (segments or 1, 1, rows, 1, last columns): what is added to scores of the last columns
+    hidden: Tensor | None  # (segments, 1, rows, 1, last columns): what is added to scores of the last columns
 
     @property
     def columns(self) -> int:
