@@ -1,7 +1,6 @@
 """softmax(Q Kᵀ · scaling) V over segments of one row, in plain matrix products, as one step of autograd.
 
-Shapes: query: (heads, tokens, size), key and value: (groups, tokens, size); segments as in segments.py. Products go
-tile by tile: segment_layout.py.
+Shapes: query: (heads, tokens, size), key and value: (groups, tokens, size); segments and tiles: segment_layout.py.
 
 Kept for the backward pass is what came in, and of short segments the weights; those of long ones are computed again. It
 is an operator of its own: a compiler would gather and mask element by element.
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .drawn_masks import SHARES, kept
-from .segment_layout import NONE, Layout, Tile
+from .segment_layout import NONE, Layout, Segments, Tile
 
 __all__ = ["apart", "attend_in_tiles", "together"]
 
@@ -31,7 +30,7 @@ def attend_in_tiles(
     shared: Tensor,  # (shared,)
     readers: Tensor,  # (shared, others)
     tiles: Tensor,  # (5 · tiles,)
-    room: Tensor,  # (kept,): segments.py
+    room: Tensor,  # (kept,)
     seed: Tensor | None,
     scaling: float,
     dropped: int,
@@ -40,7 +39,8 @@ def attend_in_tiles(
 
     The second result are the weights, tile by tile, for the backward pass; nothing that counts, if none are kept.
     """
-    layout = Layout.of(query, key, queries, keys, places, key_places, shared, readers, tiles)
+    segments = Segments(queries, keys, places, key_places, shared, readers, tiles, room, None)
+    layout = Layout.of(query, key, segments)
     flat_query, flat_key, flat_value = map(_flat, (query, key, value))
     out = query.new_empty(*layout.shape, value.shape[2])
     kept_weights, (scores, spare, _) = _kept(query, room), layout.rooms
@@ -94,7 +94,8 @@ def _backward(
     dropped: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (tokens, heads, size), (tokens, groups, size), (tokens, groups, size)
     """Gradients of query, key and value."""
-    layout = Layout.of(query, key, queries, keys, places, key_places, shared, readers, tiles)
+    segments = Segments(queries, keys, places, key_places, shared, readers, tiles, kept_weights, None)
+    layout = Layout.of(query, key, segments)
     flat_query, flat_key, flat_value = map(_flat, (query, key, value))
     flat_grad = F.pad(grad.reshape(-1, grad.shape[-1]), (0, 0, 0, 1))  # none of what is padding
     gq = query.new_empty(*layout.shape, query.shape[2])

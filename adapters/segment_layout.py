@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["NONE", "Layout", "Tile", "kept_of", "tiles_of"]
+__all__ = ["NONE", "Layout", "Segments", "Tile", "kept_of", "tiles_of"]
 
 LARGEST = 2**18  # weights of a tile, of one head
 SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
@@ -24,6 +24,20 @@ KEPT = 160  # weights of a head and token that are kept at most: 2.5 times what 
 NONE = 31  # weights of a head, where none are kept: fewer than a tile has, and a length that nothing else is likely to
 # have, since a compiler makes code of its own for lengths of 0 and 1, and for lengths that are the same by chance
 ALIGNED = 32  # columns of a tile are a multiple: torch's softmax of others in bf16 can take three times as long
+
+
+class Segments(NamedTuple):
+    """Where the tokens of a row stand in the segments that attention looks at."""
+
+    queries: Tensor  # (segments, longest): the token of each query; any token where there is padding
+    keys: Tensor  # (segments, longest with what is before it): the token of each key
+    places: Tensor  # (tokens,): where in `queries`, flattened, each token is
+    key_places: Tensor  # (tokens,): where in `keys`, flattened, the token is in its own segment
+    shared: Tensor  # (shared,): tokens that other segments see, too
+    readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
+    tiles: Tensor  # (5 · tiles,): `Corners`, behind one another
+    room: Tensor  # (weights of a head that are kept for the backward pass,): its length is all that it says
+    seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
 
 
 Corners = tuple[int, int, int, int, int]
@@ -141,25 +155,14 @@ class Layout(NamedTuple):
     readers: Tensor  # (shared · groups, others): where in `key_shape` those see it; one behind where there are fewer
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        places: Tensor,
-        key_places: Tensor,
-        shared: Tensor,
-        readers: Tensor,
-        tiles: Tensor,
-    ) -> "Layout":
-        """Of segments as in segments.py; made once for a row of tokens, and kept as long as its `queries` live.
+    def of(cls, query: Tensor, key: Tensor, segments: Segments) -> "Layout":
+        """Made once for a row of tokens, and kept as long as the tensor `queries` of its segments lives.
 
-        It is found by the tensor `queries` itself: the others must always be those that were made with it.
+        It is found by that tensor: the others must always be those that were made with it.
         """
-        made, kind = _LAYOUTS.setdefault(queries, {}), (len(query), len(key), query.dtype)
+        made, kind = _LAYOUTS.setdefault(segments.queries, {}), (len(query), len(key), query.dtype)
         if kind not in made:
-            made[kind] = _laid_out(*kind, queries, keys, places, key_places, shared, readers, tiles)
+            made[kind] = _laid_out(*kind, segments)
         found: Layout = made[kind]
         return found
 
@@ -186,34 +189,23 @@ class Layout(NamedTuple):
 _LAYOUTS: Any = WeakIdKeyDictionary()
 
 
-def _laid_out(
-    heads: int,
-    groups: int,
-    dtype: torch.dtype,
-    queries: Tensor,
-    keys: Tensor,
-    places: Tensor,
-    key_places: Tensor,
-    shared: Tensor,
-    readers: Tensor,
-    tiles: Tensor,
-) -> Layout:
-    (segments, rows), own_columns, each = queries.shape, keys.shape[1], heads // groups
-    shape, key_shape = (segments, groups, rows, each), (segments, groups, _aligned(own_columns))
-    group = torch.arange(groups, device=keys.device)
-    behind = F.pad(keys, (0, key_shape[2] - own_columns))[:, None] * groups + group[:, None]  # in `key_shape`
-    corners = tiles.view(-1, 5).tolist()
-    first = key_places[queries[:, 0]] % own_columns  # (segments,): keys before its own
-    found = list(_tiles(corners, _tokens(shape, places), len(places) * heads, first, dtype))
+def _laid_out(heads: int, groups: int, dtype: torch.dtype, s: Segments) -> Layout:
+    (segments, rows), own_columns, device = s.queries.shape, s.keys.shape[1], s.keys.device
+    shape, key_shape = (segments, groups, rows, heads // groups), (segments, groups, _aligned(own_columns))
+    group = torch.arange(groups, device=device)
+    behind = F.pad(s.keys, (0, key_shape[2] - own_columns))[:, None] * groups + group[:, None]  # in `key_shape`
+    corners = s.tiles.view(-1, 5).tolist()
+    first = s.key_places[s.queries[:, 0]] % own_columns  # (segments,): keys before its own
+    tiles = list(_tiles(corners, _tokens(shape, s.places), len(s.places) * heads, first, dtype))
     return Layout(
         shape,
         key_shape,
-        [_group(list(alike), behind) for _, alike in groupby(found, key=lambda tile: tile.segments.start)],
-        torch.empty(3, max(map(_weights, corners)) * heads, dtype=dtype, device=keys.device).unbind(),
-        _places(shape, places),
-        _key_places(key_shape, own_columns, key_places).flatten(),
-        (shared[:, None] * groups + group).flatten(),
-        _key_places(key_shape, own_columns, readers).movedim(-1, 1).flatten(0, 1),
+        [_group(list(alike), behind) for _, alike in groupby(tiles, key=lambda tile: tile.segments.start)],
+        torch.empty(3, max(map(_weights, corners)) * heads, dtype=dtype, device=device).unbind(),
+        _places(shape, s.places),
+        _key_places(key_shape, own_columns, s.key_places).flatten(),
+        (s.shared[:, None] * groups + group).flatten(),
+        _key_places(key_shape, own_columns, s.readers).movedim(-1, 1).flatten(0, 1),
     )
 
 

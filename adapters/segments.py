@@ -15,7 +15,7 @@ gradients in a fixed order, so that a run gives the same bytes again, on CUDA to
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +25,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .drawn_masks import seed, share
 from .frozen_linear import in_autocast
 from .segment_attention import apart, attend_in_tiles, together
-from .segment_layout import kept_of, tiles_of
+from .segment_layout import Segments, kept_of, tiles_of
 
-__all__ = ["Segments", "cannot_pack", "packed_attention", "segments_of"]
+__all__ = ["cannot_pack", "packed_attention", "segments_of"]
 
 PACKED = {"sdpa": "onegpu_packed", "eager": "onegpu_packed_plain"}  # ours, by what the model had before
 ATTENTIVE = {"full_attention", "sliding_attention"}  # as configurations call layers that see all before a token
-
-
-class Segments(NamedTuple):
-    """Where the tokens of a row stand in the segments that attention looks at."""
-
-    queries: Tensor  # (segments, longest): the token of each query; any token where there is padding
-    keys: Tensor  # (segments, longest with what is before it): the token of each key
-    places: Tensor  # (tokens,): where in `queries`, flattened, each token is
-    key_places: Tensor  # (tokens,): where in `keys`, flattened, the token is in its own segment
-    shared: Tensor  # (shared,): tokens that other segments see, too
-    readers: Tensor  # (shared, others): where in `keys` those see it; one behind the last place where there are fewer
-    tiles: Tensor  # (5 · tiles,): segment_layout.py
-    room: Tensor  # (weights of a head that are kept for the backward pass,): its length is all that it says
-    seen: Tensor | None  # (segments, 1, queries, keys): what each sees; None where the order of tokens says all
 
 
 def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segments:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from onegpu.adapters.base import Kind
-from onegpu.adapters.segments import Segments
+from onegpu.adapters.segment_layout import Segments
 
 from ..data.sources import Source
 

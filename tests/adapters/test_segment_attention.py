@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from onegpu.adapters import segment_layout as module
 from onegpu.adapters.segment_attention import attend_in_tiles
 from onegpu.adapters.segment_layout import Layout, tiles_of
-from onegpu.adapters.segments import Segments, segments_of
+from onegpu.adapters.segments import segments_of
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 ROWS: list[tuple[list[int], list[int | None]]] = [
@@ -142,12 +142,9 @@ def test_it_is_made_once_for_a_row_of_tokens_and_forgotten_with_it() -> None:
     query, key, _ = _inputs(5)
     segments = segments_of([3, 2], [None, None])
 
-    def layout(query: Tensor, key: Tensor, segments: Segments) -> Layout:
-        return Layout.of(query, key, *segments[:7])
-
-    first = layout(query, key, segments)
-    assert layout(query, key, segments) is first
-    assert layout(query.half(), key, segments) is not first
+    first = Layout.of(query, key, segments)
+    assert Layout.of(query, key, segments) is first
+    assert Layout.of(query.half(), key, segments) is not first
     before = len(module._LAYOUTS)
     del segments
     assert len(module._LAYOUTS) == before - 1

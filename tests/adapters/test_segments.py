@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import PreTrainedModel
 
-from onegpu.adapters.segments import Segments, _Apart, cannot_pack, packed_attention, segments_of
+from onegpu.adapters.segment_layout import Segments
+from onegpu.adapters.segments import _Apart, cannot_pack, packed_attention, segments_of
 
 
 def _apart(x: Tensor, segments: Segments) -> Tensor:
