@@ -7,8 +7,9 @@ Products go tile by tile: some segments of like length, some rows of each, and t
 little padding, nothing behind a token is multiplied, and memory grows with the tokens, not with their square.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -248,13 +249,14 @@ def _tiles(
         first: how many keys stand before those of each segment.
     """
     _, groups, _, each = tokens.shape
-    starts = accumulate((_weights(tile) * groups * each for tile in corners), initial=0)
-    for number, ((start, stop, row, end, columns), at) in enumerate(zip(corners, starts, strict=False)):
+    at = 0
+    for number, (start, stop, row, end, columns) in enumerate(corners):
         segments, rows = slice(start, stop), slice(row, end)
         index = tokens[segments, :, rows].flatten()
         shape = ((stop - start) * groups, (end - row) * each, columns)
         hidden = _hidden(first[segments], rows, columns, dtype)
         yield Tile(number, at, shape, segments, rows, index.clamp(max=count - 1), index, hidden)
+        at += math.prod(shape)
 
 
 def _hidden(first: Tensor, rows: slice, columns: int, dtype: torch.dtype) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from onegpu.adapters import segment_layout as module
+from onegpu.adapters.drawn_masks import kept
 from onegpu.adapters.segment_attention import attend_in_tiles
 from onegpu.adapters.segment_layout import Layout, tiles_of
 from onegpu.adapters.segments import segments_of
@@ -86,7 +87,7 @@ def test_in_bf16_it_rounds_like_products_in_bf16(lengths: list[int], before: lis
     along = torch.randn_like(ours)
     mine = (ours, *torch.autograd.grad(ours, given, along))
     for rounded, expected in zip(mine, (theirs, *torch.autograd.grad(theirs, exact, along.double())), strict=True):
-        assert (rounded.double() - expected).abs().max() <= 3e-2 * expected.abs().max()
+        assert (rounded.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("lengths", "before"), ROWS)
@@ -123,6 +124,8 @@ def test_with_dropout_the_mask_follows_from_the_seed() -> None:
 
     assert torch.equal(attend(*given), attend(*given))
     assert gradcheck(attend, given)
+    weights = torch.ones(2 * GROUPS, 10, module.ALIGNED, dtype=torch.float64)
+    assert 0 < 1 - kept(weights, seed, 2**14).mean() < 0.5
     ones = [given[0], given[1], torch.ones_like(given[2])]
     assert not torch.allclose(attend(*ones), torch.ones(8, HEADS, SIZE, dtype=torch.float64))
 
