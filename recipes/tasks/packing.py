@@ -1,10 +1,11 @@
 """Sequences behind one another in one row instead of padded to one length; what many begin with stands there once.
 
-    padded    <s> Be kind . Hi        </s>          packed    <s> Be kind .  Hi </s>  Who are you </s>
-              <s> Be kind . Who are you </s>                  0   1  2    3  4  5     4   5   6   7      positions
+    padded    <s> Be kind . Hi        </s>          packed    <s> Be kind .  Hi  Who are you
+              <s> Be kind . Who are you </s>                  0   1  2    3  4   4   5   6      positions
 
 Packed, a model computes no padding, and `<s> Be kind .` once: for each of its tokens it is the same in both rows, as
-they see nothing but what is before them. Losses and gradients are those of the padded rows up to rounding.
+they see nothing but what is before them. Nor does it compute the last token that is learned, and what is behind it:
+nothing that is learned follows from them. Losses and gradients are those of the padded rows up to rounding.
 """
 
 from collections import deque
@@ -112,7 +113,7 @@ class Part(NamedTuple):
     """What stands in one segment."""
 
     ids: Sequence[int]
-    labels: Sequence[int]
+    targets: Sequence[int]  # what is to be said after each
     start: int = 0  # position of its first token
     before: int | None = None  # the segment it goes on from
     sequence: int = -1  # whose rest it is; of what is shared and of filling, nobody's
@@ -127,8 +128,8 @@ def packed_batch(sequences: Sequence[Example], groups: Sequence[Sequence[int]], 
             processor's library has not met yet take it a millisecond to prepare, and memory to remember.
 
     Returns:
-        `input_ids`, `position_ids`, `labels`, and `sequences`, the number of each token's: (1, tokens); `supervised`:
-        (sequences,) tokens; and where segments are: `onegpu.adapters.segments`.
+        `input_ids`, `position_ids`, `targets` (what is to be said after each token) and `sequences` (the number of its
+        own): (1, tokens); `supervised`: (sequences,) tokens; and where segments are: `onegpu.adapters.segments`.
     """
     parts = _parts(sequences, groups)
     if fill is not None and (short := -sum(len(part.ids) for part in parts) % MULTIPLE):
@@ -138,7 +139,7 @@ def packed_batch(sequences: Sequence[Example], groups: Sequence[Sequence[int]], 
     return {
         "input_ids": torch.tensor([[token for part in parts for token in part.ids]]),
         "position_ids": torch.tensor([[part.start + i for part in parts for i in range(len(part.ids))]]),
-        "labels": torch.tensor([[label for part in parts for label in part.labels]]),
+        "targets": torch.tensor([[target for part in parts for target in part.targets]]),
         "sequences": torch.tensor([[part.sequence for part in parts for _ in part.ids]]),
         "supervised": torch.tensor([sequence.supervised for sequence in sequences]),
     } | {SEGMENTS[name]: tensor for name, tensor in places.items() if tensor is not None}
@@ -158,9 +159,15 @@ def _parts(sequences: Sequence[Example], groups: Sequence[Sequence[int]]) -> lis
                 parts.append(Part(ids[start:end], [IGNORED] * (end - start), start, before))
             for number in alike:
                 if number not in sharing or len(sharing) == 1:
-                    rest = sequences[number]
-                    parts.append(Part(rest.ids[start:], rest.labels[start:], start, before, number))
+                    parts.append(_rest(sequences[number], start)._replace(before=before, sequence=number))
     return parts
+
+
+def _rest(sequence: Example, start: int) -> Part:
+    """What of a sequence goes on from a token, up to the last one after which something is to be said."""
+    labels = sequence.labels
+    end = max((i for i, label in enumerate(labels) if label != IGNORED), default=len(labels))
+    return Part(sequence.ids[start:end], [*labels[start + 1 : end + 1], IGNORED][: end - start], start)
 
 
 def _by_length(parts: Sequence[Part]) -> list[Part]:

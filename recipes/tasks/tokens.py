@@ -28,6 +28,7 @@ __all__ = [
     "sequence_logps",
     "supervised_tokens",
     "surprises",
+    "targets_of",
     "token_objective",
     "token_scores",
 ]
@@ -87,19 +88,28 @@ def causal_logits(model: nn.Module, batch: Batch, arithmetic: Arithmetic | None 
     """Of a causal model: the prediction for the token after each position.
 
     Args:
-        batch: `labels` (batch, tokens) beside the model's inputs, with IGNORED where nothing is supervised.
+        batch: the model's inputs, and what `targets_of` asks for.
         arithmetic: of the model's head, where it is known: then no logits are made yet.
     """
-    targets = batch["labels"][:, 1:]  # (batch, tokens - 1): the token after each position
+    targets = targets_of(batch)
     inputs = model_inputs(batch) | {"use_cache": False}
     if arithmetic is not None:
-        return HiddenPredictions(before_head(model, inputs)[:, :-1], OutputHead.of(model, arithmetic), targets)
+        return HiddenPredictions(before_head(model, inputs), OutputHead.of(model, arithmetic), targets)
     positions = (targets != IGNORED).any(0).nonzero().squeeze(1)  # where any row has a target: (kept,)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=positions).logits  # (batch, kept, vocabulary)
     else:
         logits = model(**inputs).logits[:, positions]
     return selected(logits, targets[:, positions])
+
+
+def targets_of(batch: Batch) -> Tensor:  # (batch, tokens)
+    """What a causal model is to say after each token, IGNORED where nothing is supervised.
+
+    Args:
+        batch: `targets`, or `labels` of the tokens themselves, (batch, tokens).
+    """
+    return batch["targets"] if "targets" in batch else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def own_logits(model: nn.Module, batch: Batch, arithmetic: Arithmetic | None = None) -> Predictions:
@@ -160,14 +170,13 @@ def sequence_logps(model: nn.Module, batch: Batch, arithmetic: Arithmetic | None
     Returns:
         (sequences,), float32.
     """
-    labels = batch["labels"][:, 1:]
-    supervised = labels != IGNORED
+    supervised = targets_of(batch) != IGNORED
     logps = -surprises(causal_logits(model, batch, arithmetic))  # (supervised,), row by row
     # Neither is index_add, whose sums differ from run to run on CUDA.
     if "sequences" not in batch:
         return torch.zeros_like(supervised, dtype=logps.dtype).masked_scatter(supervised, logps).sum(1)
-    numbers = torch.arange(len(batch["supervised"]), device=labels.device)
-    own = batch["sequences"][:, 1:][supervised] == numbers[:, None]  # (sequences, supervised)
+    numbers = torch.arange(len(batch["supervised"]), device=supervised.device)
+    own = batch["sequences"][supervised] == numbers[:, None]  # (sequences, supervised)
     return torch.where(own, logps, 0.0).sum(1)
 
 

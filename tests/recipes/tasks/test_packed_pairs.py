@@ -72,13 +72,13 @@ def test_the_numbers_and_gradients_are_those_of_two_sequences(
 
 
 def test_a_prompt_is_there_once_but_for_its_last_token(causal_model: Build) -> None:
-    """That token predicts the first one of each completion."""
+    """That token predicts the first one of each completion; the last one of a completion predicts nothing."""
     task, remark = _suited(causal_model())
     assert remark == "rows are packed, and what several begin with is read once"
     batch, apart = task.collate(PAIRS[:2], PAD), PLAIN.collate(PAIRS[:2], PAD)
-    expected = [33, 38, 33, 34, 35, 36, 37, *[PAD] * 8, *range(1, 11), 11, 28, 29, 11, 30, 31, 32]  # short ones first
+    expected = [33, 33, 34, 35, 36, *range(1, 11), *[PAD] * 12, 11, 28, 11, 30, 31]  # short ones first
     assert batch["input_ids"].tolist() == [expected]
-    assert batch["sequences"].tolist() == [[3] * 2 + [1] * 5 + [-1] * 18 + [0] * 3 + [2] * 4]
+    assert batch["sequences"].tolist() == [[3] + [1] * 4 + [-1] * 22 + [0] * 2 + [2] * 3]
     assert supervised_tokens(batch).tolist() == [2, 4, 3, 1] == supervised_tokens(apart).tolist()
 
 

@@ -44,6 +44,7 @@ EXAMPLES = [
 ]
 TOGETHER = [range(len(EXAMPLES))]
 APART = [[number] for number in range(len(EXAMPLES))]
+COMPUTED = 15 + 2 + 13 + 17 + 12 + 2  # tokens of each that are before its last supervised one
 
 
 def _suited(model: PreTrainedModel, **settings: Any) -> tuple[Any, str]:
@@ -142,19 +143,28 @@ def test_equal_examples_are_each_counted(causal_model: Build) -> None:
 
 
 def test_there_is_no_padding_and_a_common_beginning_stands_once() -> None:
-    tokens = sum(example.size for example in EXAMPLES)
     apart, shared = (packed_batch(EXAMPLES, groups) for groups in (APART, TOGETHER))
-    assert apart["input_ids"].shape == apart["labels"].shape == apart["position_ids"].shape == (1, tokens)
+    assert apart["input_ids"].shape == apart["targets"].shape == apart["position_ids"].shape == (1, COMPUTED)
     # Three begin with the same twelve tokens; of the third the last is supervised, and the one before it predicts it.
-    assert shared["input_ids"].shape == (1, tokens - 2 * len(START))
-    assert (shared["labels"] != IGNORED).sum() == (apart["labels"] != IGNORED).sum() == 10
+    assert shared["input_ids"].shape == (1, COMPUTED - 2 * len(START))
+    assert (shared["targets"] != IGNORED).sum() == (apart["targets"] != IGNORED).sum() == 10
+
+
+def test_the_last_token_that_is_learned_and_what_follows_is_not_computed() -> None:
+    batch = packed_batch(
+        [_example([1, 2, 3, 4, 5, 6], [1, 3]), _example([7, 8], [1]), _example([9, 10], [])], [[0, 1, 2]]
+    )
+    assert batch["input_ids"].tolist() == [[7, 9, 10, 1, 2, 3]]  # all of a sequence of which nothing is learned
+    assert batch["targets"].tolist() == [[8, IGNORED, IGNORED, 2, IGNORED, 4]]
+    assert batch["sequences"].tolist() == [[1, 2, 2, 0, 0, 0]]
+    assert batch["supervised"].tolist() == [2, 1, 0]
 
 
 def test_what_is_supervised_or_predicts_it_is_not_shared() -> None:
     examples = [_example([*START, 1, 2], [supervised]) for supervised in (LEAST_SHARED + 1, 13)]
-    assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, 2 * 14 - LEAST_SHARED)
+    assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, LEAST_SHARED + 1 + 13 - LEAST_SHARED)
     examples = [_example([*START, 1, 2], [supervised]) for supervised in (LEAST_SHARED, 13)]
-    assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, 2 * 14)
+    assert packed_batch(examples, [[0, 1]])["input_ids"].shape == (1, LEAST_SHARED + 13)
 
 
 def test_beginnings_form_a_tree(causal_model: Build) -> None:
@@ -166,9 +176,10 @@ def test_beginnings_form_a_tree(causal_model: Build) -> None:
         _example([*START, *middle, 4, 5], [23]),
     ]
     batch = packed_batch(examples, [range(3)])
-    assert batch["input_ids"].tolist() == [[*START, 30, 31, 32, *middle, 4, 5, 1, 2, 3]]
-    assert batch["position_ids"].tolist() == [[*range(15), *range(12, 22), 22, 23, 22, 23, 24]]
-    assert batch["sequences"].tolist() == [[-1] * 12 + [1] * 3 + [-1] * 10 + [2] * 2 + [0] * 3]
+    assert batch["input_ids"].tolist() == [[*START, 30, *middle, 1, 4]]
+    assert batch["position_ids"].tolist() == [[*range(13), *range(12, 22), 22, 22]]
+    assert batch["targets"].tolist() == [[*[IGNORED] * 12, 31, *[IGNORED] * 10, 2, 5]]
+    assert batch["sequences"].tolist() == [[-1] * 12 + [1] + [-1] * 10 + [0, 2]]
     assert batch["supervised"].tolist() == [1, 1, 1]
     model = causal_model()
     trainable = _lora(model)
@@ -183,16 +194,20 @@ def test_a_short_sequence_keeps_no_others_from_sharing() -> None:
     long = [_example([*START, *range(20, 30), last], [22]) for last in (1, 2, 3)]
     short = _example([*START, 4], [LEAST_SHARED])  # its last token that could be shared is the seventh
     batch = packed_batch([*long, short], [range(4)])
-    assert batch["input_ids"].shape == (1, 21 + 3 * 2 + 13)
+    assert batch["input_ids"].shape == (1, 21 + 3 * 1 + LEAST_SHARED)
     assert (batch["sequences"] == -1).sum() == 21
 
 
 @pytest.mark.parametrize("groups", [APART, TOGETHER], ids=["apart", "together"])
-def test_no_label_stands_where_a_sequence_begins(groups: Any) -> None:
+def test_each_token_says_what_comes_next_in_its_own_sequence(groups: Any) -> None:
     batch = packed_batch(EXAMPLES, groups)
-    begins = (batch["position_ids"][0, 1:] != batch["position_ids"][0, :-1] + 1).nonzero()[:, 0] + 1
-    assert (batch["labels"][0, begins] == IGNORED).all()
-    assert len(begins) >= len(EXAMPLES) - 1
+    for number, example in enumerate(EXAMPLES):
+        own = batch["sequences"][0] == number
+        for place, target in zip(
+            batch["position_ids"][0, own].tolist(), batch["targets"][0, own].tolist(), strict=True
+        ):
+            assert target == example.labels[place + 1]
+    assert (batch["targets"][batch["sequences"] == -1] == IGNORED).all()
 
 
 # --- where it is possible ---------------------------------------------------------------------------------------------
@@ -211,8 +226,7 @@ def test_a_beginning_is_not_shared_where_training_draws_at_random(trained: bool,
     assert (task.packs, remark) == (True, "rows are packed")
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module.training for module in model.modules())
-    tokens = sum(example.size for example in EXAMPLES)
-    assert task.collate(EXAMPLES, PAD)["input_ids"].shape[1] == -(-tokens // MULTIPLE) * MULTIPLE
+    assert task.collate(EXAMPLES, PAD)["input_ids"].shape[1] == -(-COMPUTED // MULTIPLE) * MULTIPLE
 
 
 @pytest.mark.parametrize(
