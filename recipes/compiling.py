@@ -17,6 +17,7 @@ from onegpu.adapters import Stack
 from onegpu.adapters.structure import modules
 
 from .evaluation import plainly
+from .partitioning import Partitioner
 
 __all__ = ["Compilation", "Watched", "compile_layers", "watching"]
 
@@ -94,7 +95,8 @@ def compile_layers(stack: Stack, step: Callable[[], Watched], dtype: torch.dtype
     """Compile the layers of a stack's base, and compare what they give with what the plain layers do.
 
     Args:
-        step: what is to be compiled, watched; over the same batch at each call.
+        step: what is to be compiled, watched; over the same batch at each call. Both ways keep its activations, so it
+            should be a small one.
         dtype: what it is computed in.
     """
     began = time.perf_counter()
@@ -102,9 +104,10 @@ def compile_layers(stack: Stack, step: Callable[[], Watched], dtype: torch.dtype
     if not layers:
         return Compilation(tried=True, fault="the model has no list of layers")
     plain = _in_training(stack, step)
+    # Dropout draws what it draws otherwise. Options that are not the same object would be compiled for anew.
+    options = {"fallback_random": True, "custom_partitioner_fn": Partitioner()}
     for layer in layers:
-        # Dropout draws what it draws otherwise. One kernel serves all lengths.
-        layer.compile(dynamic=True, options={"fallback_random": True})
+        layer.compile(dynamic=True, options=options)  # one kernel serves all lengths
     try:
         found = _in_training(stack, step)
     except RuntimeError as cause:  # what torch says of a missing compiler, and of what it cannot compile

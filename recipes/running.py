@@ -1,8 +1,9 @@
 """From a loaded recipe to a proved adapter folder: preflight, base, adapters, loop, artefact, round trip."""
 
 import gc
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from .resuming import go_on
 from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, target_lines, unusable_lines
-from .tasks import Task, model_inputs
+from .tasks import Example, Task, model_inputs
 from .tokenizers import tokenizer_digest
 from .training import Session, keep_best, train
 
@@ -42,6 +43,7 @@ __all__ = ["Outcome", "run"]
 
 SAMPLED = 16  # rows that an adapter may look at before it starts
 PROBE_TOKENS = 16
+COMPILED_ON = 512  # tokens
 SHOWN_GROUPS = 8  # a table of more would push everything else off the screen
 
 
@@ -215,9 +217,9 @@ def _session(
 
 
 def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
-    """Compiled on the first batch of all, in a run that goes on, too: the same kernels give the same bytes."""
+    """Compiled on rows of the first window of all, in a run that goes on, too: the same kernels give the same bytes."""
     s = session
-    chunk = s.evaluator.cut(s.window(0))[0]
+    chunk = _shortest(s.window(0))
     batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
     (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
 
@@ -229,6 +231,13 @@ def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
             return watched
 
     return compile_layers(s.stack, step, dtype)
+
+
+def _shortest(window: Sequence[Example]) -> Sequence[Example]:
+    """Those that make up to 512 tokens, two at least: a trial must not need more memory than the run it is for."""
+    examples = sorted(window, key=lambda example: example.size)
+    tokens = itertools.accumulate(example.size for example in examples)
+    return [example for i, (example, n) in enumerate(zip(examples, tokens, strict=True)) if i < 2 or n <= COMPILED_ON]
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:
