@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["NONE", "Layout", "Segments", "Tile", "kept_of", "tiles_of"]
 
 LARGEST = 2**18  # weights of a tile, of one head
-SPARE = 2**14  # weights of a head that a tile may have in vain: another tile would take as long
+SPARE = 2**14  # weights of a head that take as long as the calls for another tile
 KEPT = 160  # weights of a head and token that are kept at most: 2.5 times what a query takes, if it has 64 numbers
 NONE = 31  # weights of a head, where none are kept: fewer than a tile has, and a length that nothing else is likely to
 # have, since a compiler makes code of its own for lengths of 0 and 1, and for lengths that are the same by chance
@@ -79,15 +79,27 @@ def _aligned(columns: int) -> int:
 
 
 def _alike(lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Neighbours of like size, as (start, stop)."""
-    start, needed = 0, 0
+    """Neighbours of like size, as (start, stop): those with which all takes the fewest weights."""
+    best = [(0, 0)]  # weights up to the end of each segment, and the start of those that end with it
     for stop in range(1, len(lengths) + 1):
-        needed += lengths[stop - 1] * (lengths[stop - 1] + first[stop - 1])
-        padded = max(lengths[start:stop]) * (max(lengths[start:stop]) + max(first[start:stop])) * (stop - start)
-        if stop - start > 1 and padded - needed > SPARE:
-            yield start, stop - 1
-            start, needed = stop - 1, lengths[stop - 1] * (lengths[stop - 1] + first[stop - 1])
-    yield start, len(lengths)
+        best.append(min((best[start][0] + weights, start) for start, weights in _ending(stop, lengths, first)))
+    groups, stop = [], len(lengths)
+    while stop:
+        groups.append((best[stop][1], stop))
+        stop = best[stop][1]
+    return reversed(groups)
+
+
+def _ending(stop: int, lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each segment from which on those up to `stop` may be beside one another, and the weights that this takes."""
+    rows, columns, needed = 0, 0, 0
+    for start in reversed(range(stop)):
+        own = _aligned(lengths[start] + first[start])
+        rows, columns, needed = max(rows, lengths[start]), max(columns, own), needed + lengths[start] * own
+        weights = (stop - start) * rows * columns
+        if weights - needed > 2 * SPARE:
+            return
+        yield start, weights + SPARE
 
 
 class Tile(NamedTuple):

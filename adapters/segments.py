@@ -62,7 +62,7 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         torch.tensor([i * columns + first[i] + j for i, n in enumerate(lengths) for j in range(n)]),
         torch.tensor(list(readers), dtype=torch.long),
         torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
-        torch.tensor(tiles).flatten(),
+        torch.tensor([number for tile in tiles for number in tile]),  # no view, as a compiler looks at what is viewed
         torch.zeros(kept_of(tiles, sum(lengths)), dtype=torch.bool),
         _seen(first, rows, columns) if any(first) else None,
     )

@@ -171,11 +171,14 @@ def _rest(sequence: Example, start: int) -> Part:
 
 
 def _by_length(parts: Sequence[Part]) -> list[Part]:
-    """Parts of like length beside one another, for which attention needs little padding; beginnings still first."""
-    depths: list[int] = []
-    for part in parts:
-        depths.append(0 if part.before is None else depths[part.before] + 1)
-    order = sorted(range(len(parts)), key=lambda number: (depths[number], len(parts[number].ids)))
+    """Beginnings first; then parts that see about as many tokens beside one another: attention needs little padding."""
+    begun = {part.before for part in parts}
+
+    def place(number: int) -> tuple[bool, int, int]:
+        tokens = len(parts[number].ids)
+        return number not in begun, parts[number].start + tokens, tokens
+
+    order = sorted(range(len(parts)), key=place)
     places = {number: place for place, number in enumerate(order)}
     before = [None if part.before is None else places[part.before] for part in parts]
     return [parts[number]._replace(before=before[number]) for number in order]

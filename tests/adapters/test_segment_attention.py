@@ -1,5 +1,8 @@
 """Attention over segments: each as if it stood alone, in values and gradients, whatever its tiles are."""
 
+import itertools
+import operator
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -192,6 +195,30 @@ def test_the_columns_of_tiles_are_aligned() -> None:
 def test_segments_of_unlike_length_are_in_different_tiles() -> None:
     assert tiles_of([10, 9, 8], [0, 0, 0]) == [(0, 3, 0, 10, 32)]
     assert [tile[:2] for tile in tiles_of([300, 290, 20, 10], [0, 0, 0, 0])] == [(0, 2), (2, 4)]
+
+
+def test_segments_share_tiles_where_that_takes_the_fewest_weights() -> None:
+    """Counting a tile as so many weights as take its time; against all ways to divide the segments."""
+    chance = random.Random(0)
+    divided = set()
+    for _ in range(60):
+        lengths = [chance.randrange(1, 400) for _ in range(7)]
+        first = [chance.choice([0, 30, 200]) for _ in lengths]
+        chosen = sorted({tile[:2] for tile in tiles_of(lengths, first)})
+        divided.add(len(chosen))
+        costs = {}
+        for cuts in itertools.product([False, True], repeat=6):
+            ends = [0, *(i for i, cut in enumerate(cuts, 1) if cut), 7]
+            costs[tuple(itertools.pairwise(ends))] = sum(
+                _cost(lengths[a:b], first[a:b]) for a, b in itertools.pairwise(ends)
+            )
+        assert costs[tuple(chosen)] == min(costs.values())
+    assert len(divided) > 1
+
+
+def _cost(lengths: list[int], first: list[int]) -> int:
+    columns = max(map(operator.add, lengths, first))
+    return len(lengths) * max(lengths) * -(-columns // module.ALIGNED) * module.ALIGNED + module.SPARE
 
 
 def test_a_tile_has_no_more_columns_than_there_are_keys() -> None:

@@ -76,9 +76,10 @@ def test_a_prompt_is_there_once_but_for_its_last_token(causal_model: Build) -> N
     task, remark = _suited(causal_model())
     assert remark == "rows are packed, and what several begin with is read once"
     batch, apart = task.collate(PAIRS[:2], PAD), PLAIN.collate(PAIRS[:2], PAD)
-    expected = [33, 33, 34, 35, 36, *range(1, 11), *[PAD] * 12, 11, 28, 11, 30, 31]  # short ones first
+    # What others go on from, then that which sees few tokens.
+    expected = [*range(1, 11), 33, 33, 34, 35, 36, 11, 28, *[PAD] * 12, 11, 30, 31]
     assert batch["input_ids"].tolist() == [expected]
-    assert batch["sequences"].tolist() == [[3] + [1] * 4 + [-1] * 22 + [0] * 2 + [2] * 3]
+    assert batch["sequences"].tolist() == [[-1] * 10 + [3] + [1] * 4 + [0] * 2 + [-1] * 12 + [2] * 3]
     assert supervised_tokens(batch).tolist() == [2, 4, 3, 1] == supervised_tokens(apart).tolist()
 
 

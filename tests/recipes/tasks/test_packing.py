@@ -176,10 +176,10 @@ def test_beginnings_form_a_tree(causal_model: Build) -> None:
         _example([*START, *middle, 4, 5], [23]),
     ]
     batch = packed_batch(examples, [range(3)])
-    assert batch["input_ids"].tolist() == [[*START, 30, *middle, 1, 4]]
-    assert batch["position_ids"].tolist() == [[*range(13), *range(12, 22), 22, 22]]
-    assert batch["targets"].tolist() == [[*[IGNORED] * 12, 31, *[IGNORED] * 10, 2, 5]]
-    assert batch["sequences"].tolist() == [[-1] * 12 + [1] + [-1] * 10 + [0, 2]]
+    assert batch["input_ids"].tolist() == [[*START, *middle, 30, 1, 4]]  # those that others go on from come first
+    assert batch["position_ids"].tolist() == [[*range(22), 12, 22, 22]]
+    assert batch["targets"].tolist() == [[*[IGNORED] * 22, 31, 2, 5]]
+    assert batch["sequences"].tolist() == [[-1] * 22 + [1, 0, 2]]
     assert batch["supervised"].tolist() == [1, 1, 1]
     model = causal_model()
     trainable = _lora(model)
