@@ -53,7 +53,7 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         for place, token in enumerate(tokens[:ahead]):
             readers.setdefault(token, []).append(i * columns + place)
     most = max(map(len, readers.values()), default=0)
-    nowhere = len(lengths) * columns
+    reading = [_filled(r, most, len(lengths) * columns) for r in readers.values()]
     tiles = tiles_of(lengths, first)
     return Segments(
         torch.tensor(queries),
@@ -61,8 +61,8 @@ def segments_of(lengths: Sequence[int], before: Sequence[int | None]) -> Segment
         torch.tensor([i * rows + j for i, n in enumerate(lengths) for j in range(n)]),
         torch.tensor([i * columns + first[i] + j for i, n in enumerate(lengths) for j in range(n)]),
         torch.tensor(list(readers), dtype=torch.long),
-        torch.tensor([_filled(r, most, nowhere) for r in readers.values()], dtype=torch.long).view(len(readers), most),
-        torch.tensor([number for tile in tiles for number in tile]),  # no view, as a compiler looks at what is viewed
+        torch.tensor(reading) if reading else torch.zeros(0, 0, dtype=torch.long),
+        torch.tensor([number for tile in tiles for number in tile]),  # no view: a compiler looks at what is viewed, too
         torch.zeros(kept_of(tiles, sum(lengths)), dtype=torch.bool),
         _seen(first, rows, columns) if any(first) else None,
     )

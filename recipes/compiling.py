@@ -4,6 +4,7 @@ Only steps run compiled. Evaluations, generation and proofs run the modules as t
 others than those of a step, and layers would be compiled anew for each kind.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,10 +19,12 @@ from onegpu.adapters.structure import modules
 
 from .evaluation import plainly
 from .partitioning import Partitioner
+from .tasks import Example
 
-__all__ = ["Compilation", "Watched", "compile_layers", "watching"]
+__all__ = ["Compilation", "Watched", "compile_layers", "tried_on", "watching"]
 
 ROUNDING = 16  # units in the last place by which an output or a gradient may differ, as a share of its norm
+TRIED = 512  # tokens
 LEAST = 1e-4  # of it, in any precision: sums are taken in another order
 
 
@@ -89,6 +92,13 @@ def watching(stack: Stack) -> Iterator[Watched]:
         yield watched
     finally:
         handle.remove()
+
+
+def tried_on(window: Sequence[Example]) -> Sequence[Example]:
+    """The shortest examples of a window, up to 512 tokens, but two at least: one is a case of its own to a compiler."""
+    examples = sorted(window, key=lambda example: example.size)
+    ends = list(itertools.accumulate(example.size for example in examples))
+    return examples[: max(2, sum(end <= TRIED for end in ends))]
 
 
 def compile_layers(stack: Stack, step: Callable[[], Watched], dtype: torch.dtype) -> Compilation:

@@ -1,9 +1,8 @@
 """From a loaded recipe to a proved adapter folder: preflight, base, adapters, loop, artefact, round trip."""
 
 import gc
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from onegpu.adapters.files import move, write_json
 from onegpu.adapters.fingerprints import fingerprint
 from onegpu.adapters.fitting import check_base
 
-from .compiling import Compilation, Watched, compile_layers, watching
+from .compiling import Compilation, Watched, compile_layers, tried_on, watching
 from .data.batches import micro_batches
 from .display import Display, human_bytes
 from .evaluation import on_device, shown, surveyed
@@ -35,7 +34,7 @@ from .resuming import go_on
 from .runfolder import RunFolder
 from .selection import choose
 from .showing import lengths_line, rows_line, target_lines, unusable_lines
-from .tasks import Example, Task, model_inputs
+from .tasks import Task, model_inputs
 from .tokenizers import tokenizer_digest
 from .training import Session, keep_best, train
 
@@ -43,7 +42,6 @@ __all__ = ["Outcome", "run"]
 
 SAMPLED = 16  # rows that an adapter may look at before it starts
 PROBE_TOKENS = 16
-COMPILED_ON = 512  # tokens
 SHOWN_GROUPS = 8  # a table of more would push everything else off the screen
 
 
@@ -219,7 +217,7 @@ def _session(
 def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
     """Compiled on rows of the first window of all, in a run that goes on, too: the same kernels give the same bytes."""
     s = session
-    chunk = _shortest(s.window(0))
+    chunk = tried_on(s.window(0))
     batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
     (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
 
@@ -231,13 +229,6 @@ def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
             return watched
 
     return compile_layers(s.stack, step, dtype)
-
-
-def _shortest(window: Sequence[Example]) -> Sequence[Example]:
-    """Those that make up to 512 tokens, two at least: a trial must not need more memory than the run it is for."""
-    examples = sorted(window, key=lambda example: example.size)
-    tokens = itertools.accumulate(example.size for example in examples)
-    return [example for i, (example, n) in enumerate(zip(examples, tokens, strict=True)) if i < 2 or n <= COMPILED_ON]
 
 
 def _samples(job: Job, device: torch.device) -> list[dict[str, Tensor]]:

@@ -217,7 +217,7 @@ def test_segments_share_tiles_where_that_takes_the_fewest_weights() -> None:
 
 
 def _cost(lengths: list[int], first: list[int]) -> int:
-    columns = max(map(operator.add, lengths, first))
+    columns: int = max(map(operator.add, lengths, first))
     return len(lengths) * max(lengths) * -(-columns // module.ALIGNED) * module.ALIGNED + module.SPARE
 
 

@@ -30,6 +30,12 @@ def test_segments_stand_beside_one_another() -> None:
     assert found.seen[3, 0].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
 
 
+def test_no_tensor_is_a_view_whose_base_a_compiler_would_look_at() -> None:
+    for before in ([None, 0, 0, None], [None] * 4):
+        found = segments_of([3, 3, 200, 1], before)
+        assert not [name for name, tensor in found._asdict().items() if tensor is not None and tensor._is_view()]
+
+
 def test_without_a_common_beginning_no_mask_is_needed() -> None:
     found = segments_of([2, 4], [None, None])
     assert found.seen is None

@@ -12,9 +12,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from onegpu.adapters import ProofFailed, RecipeError, attach
 from onegpu.recipes import Loaded, Outcome, compiling, training
-from onegpu.recipes.compiling import Compilation, watching
+from onegpu.recipes.compiling import Compilation, tried_on, watching
 from onegpu.recipes.display import Display
 from onegpu.recipes.evaluation import evaluating
+from onegpu.recipes.tasks import Example
 from onegpu.recipes.tasks.output_head import before_head
 from onegpu.recipes.training import Session
 
@@ -91,6 +92,14 @@ def test_only_steps_run_compiled_once_for_all_lengths(
     assert 2 <= len(modes) <= 6  # and at 8, torch would stop compiling
     assert {gradients for gradients, _ in modes} == {True}
     assert all(any_length for _, any_length in modes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"), [([300, 100, 200, 50], [50, 100, 200]), ([600, 700, 500], [500, 600]), ([9], [9])], ids=str
+)
+def test_what_is_compiled_is_tried_on_the_shortest_examples(sizes: list[int], chosen: list[int]) -> None:
+    window = [Example(0, [1] * size, [1] * size) for size in sizes]
+    assert [example.size for example in tried_on(window)] == chosen
 
 
 def test_what_cannot_be_compiled_is_told_and_runs_plainly(
