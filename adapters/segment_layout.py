@@ -79,7 +79,10 @@ def _aligned(columns: int) -> int:
 
 
 def _alike(lengths: Sequence[int], first: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Neighbours of like size, as (start, stop): those with which all takes the fewest weights."""
+    """Neighbours of like size, as (start, stop): those with which all takes the fewest weights.
+
+    None are looked at that hold more than a tile may, nor those of which more is padding than two tiles would cost.
+    """
     best = [(0, 0)]  # weights up to the end of each segment, and the start of those that end with it
     for stop in range(1, len(lengths) + 1):
         best.append(min((best[start][0] + weights, start) for start, weights in _ending(stop, lengths, first)))
@@ -97,7 +100,7 @@ def _ending(stop: int, lengths: Sequence[int], first: Sequence[int]) -> Iterator
         own = _aligned(lengths[start] + first[start])
         rows, columns, needed = max(rows, lengths[start]), max(columns, own), needed + lengths[start] * own
         weights = (stop - start) * rows * columns
-        if weights - needed > 2 * SPARE:
+        if weights - needed > 2 * SPARE or (weights > LARGEST and stop - start > 1):
             return
         yield start, weights + SPARE
 

@@ -18,7 +18,6 @@ from onegpu.adapters import Stack
 from onegpu.adapters.structure import modules
 
 from .evaluation import plainly
-from .partitioning import Partitioner
 from .tasks import Example
 
 __all__ = ["Compilation", "Watched", "compile_layers", "tried_on", "watching"]
@@ -94,11 +93,15 @@ def watching(stack: Stack) -> Iterator[Watched]:
         handle.remove()
 
 
-def tried_on(window: Sequence[Example]) -> Sequence[Example]:
-    """The shortest examples of a window, up to 512 tokens, but two at least: one is a case of its own to a compiler."""
+def tried_on(window: Sequence[Example], cut: Callable[[Sequence[Example]], list[list[Example]]]) -> Sequence[Example]:
+    """The shortest examples of a window, up to 512 tokens; two where a pass has several, as one is a case of its own.
+
+    Args:
+        cut: cuts examples into passes; what is tried is never more than one.
+    """
     examples = sorted(window, key=lambda example: example.size)
-    ends = list(itertools.accumulate(example.size for example in examples))
-    return examples[: max(2, sum(end <= TRIED for end in ends))]
+    ends = itertools.accumulate(example.size for example in examples)
+    return cut(examples[: max(2, sum(end <= TRIED for end in ends))])[0]
 
 
 def compile_layers(stack: Stack, step: Callable[[], Watched], dtype: torch.dtype) -> Compilation:
@@ -114,16 +117,22 @@ def compile_layers(stack: Stack, step: Callable[[], Watched], dtype: torch.dtype
     if not layers:
         return Compilation(tried=True, fault="the model has no list of layers")
     plain = _in_training(stack, step)
+    try:
+        _compile(layers)
+        found = _in_training(stack, step)
+    except (RuntimeError, ImportError) as cause:  # what torch says of a missing compiler, and of what it cannot compile
+        told = [line for line in str(cause).splitlines() if line.strip() and not line.endswith("raised:")]
+        return Compilation(tried=True, fault=next(iter(told), type(cause).__name__))
+    return Compilation(tried=True, fault=_apart(plain, found, dtype), seconds=time.perf_counter() - began)
+
+
+def _compile(layers: Sequence[nn.Module]) -> None:
+    from .partitioning import Partitioner  # parts of torch that may move: no reason to stop runs that do not compile
+
     # Dropout draws what it draws otherwise. Options that are not the same object would be compiled for anew.
     options = {"fallback_random": True, "custom_partitioner_fn": Partitioner()}
     for layer in layers:
         layer.compile(dynamic=True, options=options)  # one kernel serves all lengths
-    try:
-        found = _in_training(stack, step)
-    except RuntimeError as cause:  # what torch says of a missing compiler, and of what it cannot compile
-        told = [line for line in str(cause).splitlines() if line.strip() and not line.endswith("raised:")]
-        return Compilation(tried=True, fault=next(iter(told), type(cause).__name__))
-    return Compilation(tried=True, fault=_apart(plain, found, dtype), seconds=time.perf_counter() - began)
 
 
 def _layers(stack: Stack) -> Iterator[nn.Module]:

@@ -217,7 +217,7 @@ def _session(
 def _compiled(session: Session, dtype: torch.dtype) -> Compilation:
     """Compiled on rows of the first window of all, in a run that goes on, too: the same kernels give the same bytes."""
     s = session
-    chunk = tried_on(s.window(0))
+    chunk = tried_on(s.window(0), s.evaluator.cut)
     batch = on_device(s.task.collate(chunk, s.evaluator.pad), s.accelerator.device)
     (batch,) = surveyed(s.task, s.model, iter([batch | s.evaluator.refer(batch)]), autocast=s.evaluator.autocast)
 

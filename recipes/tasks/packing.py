@@ -166,7 +166,7 @@ def _parts(sequences: Sequence[Example], groups: Sequence[Sequence[int]]) -> lis
 def _rest(sequence: Example, start: int) -> Part:
     """What of a sequence goes on from a token, up to the last one after which something is to be said."""
     labels = sequence.labels
-    end = max((i for i, label in enumerate(labels) if label != IGNORED), default=len(labels))
+    end = max((i for i, label in enumerate(labels) if label != IGNORED), default=0) or len(labels)
     return Part(sequence.ids[start:end], [*labels[start + 1 : end + 1], IGNORED][: end - start], start)
 
 

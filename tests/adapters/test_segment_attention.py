@@ -209,16 +209,22 @@ def test_segments_share_tiles_where_that_takes_the_fewest_weights() -> None:
         costs = {}
         for cuts in itertools.product([False, True], repeat=6):
             ends = [0, *(i for i, cut in enumerate(cuts, 1) if cut), 7]
-            costs[tuple(itertools.pairwise(ends))] = sum(
-                _cost(lengths[a:b], first[a:b]) for a, b in itertools.pairwise(ends)
-            )
+            groups = list(itertools.pairwise(ends))
+            weights = [_weights(lengths[a:b], first[a:b]) for a, b in groups]
+            if all(b - a == 1 or n <= module.LARGEST for (a, b), n in zip(groups, weights, strict=True)):
+                costs[tuple(groups)] = sum(weights) + module.SPARE * len(groups)
         assert costs[tuple(chosen)] == min(costs.values())
     assert len(divided) > 1
 
 
-def _cost(lengths: list[int], first: list[int]) -> int:
+def _weights(lengths: list[int], first: list[int]) -> int:
     columns: int = max(map(operator.add, lengths, first))
-    return len(lengths) * max(lengths) * -(-columns // module.ALIGNED) * module.ALIGNED + module.SPARE
+    return len(lengths) * max(lengths) * -(-columns // module.ALIGNED) * module.ALIGNED
+
+
+def test_many_short_segments_are_laid_out_in_time_that_grows_with_them() -> None:
+    looked_at = sum(1 for stop in range(1, 2001) for _ in module._ending(stop, [40] * 2000, [10] * 2000))
+    assert looked_at <= 2000 * module.LARGEST // (40 * 64)  # so many are in a tile; all that are before are 2,000,000
 
 
 def test_a_tile_has_no_more_columns_than_there_are_keys() -> None:

@@ -13,6 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from onegpu.adapters import ProofFailed, RecipeError, attach
 from onegpu.recipes import Loaded, Outcome, compiling, training
 from onegpu.recipes.compiling import Compilation, tried_on, watching
+from onegpu.recipes.data.batches import Cut
 from onegpu.recipes.display import Display
 from onegpu.recipes.evaluation import evaluating
 from onegpu.recipes.tasks import Example
@@ -95,11 +96,20 @@ def test_only_steps_run_compiled_once_for_all_lengths(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "chosen"), [([300, 100, 200, 50], [50, 100, 200]), ([600, 700, 500], [500, 600]), ([9], [9])], ids=str
+    ("sizes", "cut", "chosen"),
+    [
+        ([300, 100, 200, 50], Cut(8), [200, 100, 50]),
+        ([600, 700, 500], Cut(8), [600, 500]),  # one would be compiled for by itself
+        ([600, 700, 500], Cut(1), [600]),
+        ([300, 100, 200, 50], Cut(8, 256, packed=True), [200, 50]),
+        ([600, 700, 500], Cut(8, 1024, packed=True), [600]),  # no more than steps have in a pass
+        ([9], Cut(8), [9]),
+    ],
+    ids=str,
 )
-def test_what_is_compiled_is_tried_on_the_shortest_examples(sizes: list[int], chosen: list[int]) -> None:
+def test_what_is_compiled_is_tried_on_the_shortest_examples(sizes: list[int], cut: Cut, chosen: list[int]) -> None:
     window = [Example(0, [1] * size, [1] * size) for size in sizes]
-    assert [example.size for example in tried_on(window)] == chosen
+    assert [example.size for example in tried_on(window, cut)] == chosen
 
 
 def test_what_cannot_be_compiled_is_told_and_runs_plainly(

@@ -207,6 +207,7 @@ def test_each_token_says_what_comes_next_in_its_own_sequence(groups: Any) -> Non
             batch["position_ids"][0, own].tolist(), batch["targets"][0, own].tolist(), strict=True
         ):
             assert target == example.labels[place + 1]
+        assert (batch["targets"][0, own] != IGNORED).sum() == example.supervised
     assert (batch["targets"][batch["sequences"] == -1] == IGNORED).all()
 
 
